@@ -1,0 +1,94 @@
+# The one interface. `make` alone lists what there is.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export DVC_NO_ANALYTICS := 1
+STAMP := $(VENV)/.lock-installed
+
+# A misspelt variable would be ignored, and the default trained.
+KNOWN := MODEL EPOCHS SET SEARCH PORT PYTHON VENV
+UNKNOWN := $(filter-out $(KNOWN) MAKEFLAGS MFLAGS,$(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$v)))
+ifneq ($(strip $(UNKNOWN)),)
+$(error $(UNKNOWN): no such variable; known: $(KNOWN))
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-cpu repro train test test-all lint format ui compare models lock clean
+
+PIP := python -m pip install --disable-pip-version-check --quiet
+
+define check_python
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+  { echo "Thaw needs Python 3.11 or later; name one: make setup PYTHON=python3.11" >&2; exit 2; }
+endef
+
+define install_thaw
+$(PIP) --no-deps --no-build-isolation --editable .
+@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true
+@touch $(STAMP)
+endef
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## make .venv from requirements.lock; does nothing when it is up to date
+
+$(STAMP): requirements.lock pyproject.toml
+	$(check_python)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --no-deps --require-hashes -r requirements.lock
+	$(install_thaw)
+
+# torch's builds for processors alone stand in an index of their own, which uv knows; hashes are of the usual builds.
+setup-cpu: ## make .venv anew without CUDA, for Linux without a GPU
+	$(check_python)
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) uv
+	uv pip install --python $(VENV)/bin/python --torch-backend=cpu --no-deps \
+	  $$(grep -oE '^torch(vision)?==[^ ]+' requirements.lock)
+	$(MAKE) $(VENV)/without-cuda.lock
+	$(PIP) --no-deps --require-hashes -r $(VENV)/without-cuda.lock
+	$(install_thaw)
+
+$(VENV)/without-cuda.lock: requirements.lock
+	awk '/^[a-z]/ {keep = !/^(torch|torchvision|triton)==|^(cuda|nvidia)-/} keep' $< > $@
+
+repro: setup ## run the chain: download, weights, augment, train, evaluate
+	@python -m pipeline check
+	dvc repro
+
+train: setup ## another net, earlier results stay: MODEL=resnet18 [EPOCHS=5] [SET="train.batch_size=32 ..."]
+	@python -m pipeline experiment $(if $(MODEL),--model '$(MODEL)') $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(SET),--set $(SET))
+
+test: setup ## the tests, without the slow ones
+	python -m pytest -q
+
+test-all: setup ## every test
+	python -m pytest -q -m 'slow or not slow'
+
+lint: setup ## ruff and mypy
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: setup ## let ruff lay the code out
+	ruff check --fix .
+	ruff format .
+
+ui: setup ## MLflow's pages on 127.0.0.1 [PORT=5000]
+	@python -m pipeline ui $(if $(PORT),--port $(PORT))
+
+compare: setup ## MLflow's runs as a table, best first
+	@python -m pipeline compare
+
+models: setup ## the nets to be had [SEARCH='dense*']
+	@python -m pipeline models $(if $(SEARCH),--search '$(SEARCH)')
+
+lock: ## resolve requirements.lock anew (needs uv)
+	uv pip compile --universal --generate-hashes --python-version 3.11 --extra dev --no-annotate --no-header \
+	  --quiet --output-file requirements.lock pyproject.toml
+
+clean: ## remove the environment, the caches and what the stages made; pictures of yours and MLflow's runs stay
+	rm -rf $(VENV) data/raw data/prepared data/cache .dvc/cache .dvc/tmp .mypy_cache .pytest_cache .ruff_cache
+	find models -mindepth 1 -maxdepth 1 ! -name no-weights ! -name metrics.json -exec rm -rf {} +

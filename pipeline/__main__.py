@@ -1,0 +1,196 @@
+"""The command line: `python -m pipeline COMMAND`, or `thaw COMMAND`.
+
+Exit codes: 0 done, 2 the user's mistake (one line on standard error), 1 ours, 143 stopped.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import NamedTuple, NoReturn
+
+from pipeline.errors import UserError, nearest
+
+
+def _stage(name: str) -> Callable[[argparse.Namespace], None]:
+    def run(_: argparse.Namespace) -> None:
+        from importlib import import_module
+
+        from pipeline import config
+
+        params = config.load()
+        import_module(f"pipeline.stages.{name}").run(params)
+
+    return run
+
+
+def _check(args: argparse.Namespace) -> None:
+    from pipeline import config, experiment
+
+    loaded = config.load()
+    experiment.check_names(loaded)
+    if args.show:
+        print(loaded.model_dump_json(indent=2))
+
+
+def _experiment(args: argparse.Namespace) -> None:
+    from pipeline import experiment
+
+    experiment.run(model=args.model, epochs=args.epochs, settings=args.set)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from pipeline import config
+    from pipeline.analysis import compare
+
+    compare.run(args.experiment or config.load().tracking.experiment)
+
+
+def _models(args: argparse.Namespace) -> None:
+    from pipeline import nets
+
+    found = nets.names(args.search)
+    if not found:
+        raise UserError(f"no net matches {args.search}; try SEARCH='resnet*'")
+    print("\n".join(found))
+
+
+def _ui(args: argparse.Namespace) -> None:
+    from pipeline import tracking
+
+    tracking.ui(args.port)
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from pipeline import config
+    from pipeline.analysis import predict
+
+    predict.run(args.pictures, model=args.model or config.load().model.name, top=args.top)
+
+
+class Argument(NamedTuple):
+    """One argument of a command."""
+
+    name: str
+    help: str
+    type: type = str
+    default: object = None
+    many: bool = False
+
+
+class Command(NamedTuple):
+    """A row of the command table."""
+
+    help: str
+    run: Callable[[argparse.Namespace], None]
+    arguments: tuple[Argument, ...] = ()
+
+
+COMMANDS = {
+    "download": Command("stage: bring the dataset to data/raw/", _stage("download")),
+    "weights": Command("stage: bring the pretrained weights to models/pretrained/", _stage("weights")),
+    "augment": Command("stage: split, pack and preview the pictures in data/prepared/", _stage("augment")),
+    "train": Command("stage: freeze, then fine-tune, into models/NAME/train/", _stage("train")),
+    "evaluate": Command("stage: judge the model on the test split, into models/NAME/evaluate/", _stage("evaluate")),
+    "check": Command(
+        "check params.yaml",
+        _check,
+        (Argument("--show", "print every parameter, defaults included", type=bool, default=False),),
+    ),
+    "experiment": Command(
+        "what `make train` calls: the chain with other parameters, as a DVC experiment",
+        _experiment,
+        (
+            Argument("--model", "net to train, in place of model.name", default=""),
+            Argument("--epochs", "epochs of the last phase, in place of the file's", type=int),
+            Argument("--set", "further parameters, as section.key=value", default=[], many=True),
+        ),
+    ),
+    "predict": Command(
+        "name what is in pictures, with a trained model",
+        _predict,
+        (
+            Argument("pictures", "picture files", many=True),
+            Argument("--model", "net whose trained model to use, in place of model.name", default=""),
+            Argument("--top", "classes to show per picture", type=int, default=3),
+        ),
+    ),
+    "compare": Command(
+        "MLflow's runs as a table, best first",
+        _compare,
+        (Argument("--experiment", "MLflow experiment, in place of tracking.experiment", default=""),),
+    ),
+    "models": Command(
+        "list the nets to be had",
+        _models,
+        (Argument("--search", "pattern such as 'resnet*'", default="*"),),
+    ),
+    "ui": Command("MLflow's pages on 127.0.0.1", _ui, (Argument("--port", "port", type=int, default=5000),)),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers a wrong argument in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="thaw", description="Transfer learning for labelled pictures.")
+    rows = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        row = rows.add_parser(name, help=command.help, description=command.help)
+        for argument in command.arguments:
+            _add(row, argument)
+    return parser
+
+
+def _add(parser: argparse.ArgumentParser, argument: Argument) -> None:
+    if argument.type is bool:
+        parser.add_argument(argument.name, help=argument.help, action="store_true")
+    elif argument.many:
+        nargs = "*" if argument.name.startswith("-") else "+"
+        parser.add_argument(argument.name, help=argument.help, nargs=nargs, default=argument.default)
+    else:
+        parser.add_argument(argument.name, help=argument.help, type=argument.type, default=argument.default)
+
+
+def _stop(number: int, _: FrameType | None) -> NoReturn:
+    # Before Lightning sees the signal: it would end the stage with 0, and DVC would record a half-trained model.
+    signal.signal(number, signal.SIG_IGN)
+    print(f"stopped by {signal.Signals(number).name}; nothing of this stage was kept", file=sys.stderr, flush=True)
+    raise SystemExit(143)
+
+
+def _place(error: UserError) -> str:
+    """Where in params.yaml the mistake stands, for an error whose message does not say."""
+    if not error.parameter:
+        return ""
+    from pipeline import config
+
+    return f"{config.where(error.parameter)}: "
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and gives back the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        print(f"thaw: {words[0]}: no such command{nearest(words[0], COMMANDS)}", file=sys.stderr)
+        return 2
+    args = _parser().parse_args(words)
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    try:
+        COMMANDS[args.command].run(args)
+    except UserError as error:
+        print(f"thaw {args.command}: {_place(error)}{error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

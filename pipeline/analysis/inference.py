@@ -1,0 +1,45 @@
+"""A trained model applied to pictures: the same preprocessing as in training, on one device."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline.data.datamodule import Batch
+from pipeline.data.decode import shrink
+from pipeline.data.transforms import center_crop, to_channels
+from pipeline.training.classifier import Normalize
+from pipeline.training.weights import ModelCard
+
+
+def device() -> torch.device:
+    """A GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def with_preprocessing(net: nn.Module, card: ModelCard) -> nn.Sequential:
+    """The model as it is used: pixels 0 to 255 [B, C, px, px] in, logits [B, classes] out."""
+    return nn.Sequential(Normalize(card.mean, card.std), net).eval()
+
+
+def logits(net: nn.Module, card: ModelCard, batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 logits [N, classes] and labels [N] of all batches, on the CPU."""
+    place = device()
+    model = with_preprocessing(net, card).to(place).to(memory_format=torch.channels_last)
+    outputs, targets = [], []
+    with torch.inference_mode():
+        for pixels, labels in batches:
+            moved = pixels.to(place, memory_format=torch.channels_last)
+            outputs.append(model(moved).float().cpu())
+            targets.append(labels)
+    return torch.cat(outputs), torch.cat(targets)
+
+
+def prepare(picture: np.ndarray, card: ModelCard) -> np.ndarray:
+    """A decoded picture [H, W] or [H, W, C] as the net sees it, uint8 [px, px, in_chans], by the way of packing."""
+    small = shrink(picture, card.pack_px)
+    whole = small if small.ndim == 3 else small[:, :, None]
+    return center_crop(to_channels(whole, card.in_chans), card.px)

@@ -1,0 +1,162 @@
+"""`make train`: the chain with other parameters, as a targeted DVC experiment that leaves earlier results alone."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline import config, nets, paths
+from pipeline.config import Config
+from pipeline.data import catalog
+from pipeline.errors import UserError, blaming
+from pipeline.files import fresh_file
+
+
+def run(*, model: str, epochs: int | None, settings: list[str]) -> None:
+    """Runs `dvc exp run evaluate` with what was asked for, and says what came of it.
+
+    The target is named because an untargeted experiment checks every stage out first and so deletes the outs of
+    earlier nets.
+
+    Raises:
+        UserError: a setting or the net's name is wrong, or there is no git repository for DVC's experiments.
+    """
+    before = config.load()
+    overrides = _overrides(before, model=model, epochs=epochs, settings=settings)
+    after = config.load(overrides=overrides)
+    if subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, check=False).returncode:
+        raise UserError("make train needs a git repository with a commit, for DVC's experiments; `make repro` does not")
+    try:
+        check_names(after)
+    except UserError as error:
+        if error.parameter not in overrides:
+            raise
+        raise UserError(f"{error.parameter}: {error}") from None  # it stands in no file
+    with _restored(paths.PARAMS, always=after.train.fast_dev_run):
+        if _dvc(["exp", "run", "evaluate", *(part for word in words(overrides) for part in ("-S", word))]):
+            raise SystemExit(1)
+    print(_summary(before, after))
+
+
+def check_names(wanted: Config) -> None:
+    """Refuses a dataset, a net or a path that does not exist, before DVC stumbles over it.
+
+    Raises:
+        UserError: with the nearest names, or what to do.
+    """
+    catalog.get(wanted.data.name)
+    if not Path(wanted.data.path).exists():
+        raise UserError(f"{wanted.data.path}: no such folder; put class folders there", parameter="data.path")
+    if not Path(wanted.model.weights).exists():
+        raise UserError(f"{wanted.model.weights}: no such file of weights", parameter="model.weights")
+    # What the weights stage has been through is known; asking timm takes seconds.
+    if not paths.pretrained(wanted.model.name).exists():
+        with blaming("model.name"):
+            nets.check(wanted.model.name)
+
+
+def words(overrides: dict[str, Any]) -> list[str]:
+    """The values of `-S` for what is set, in Hydra's syntax: two pluses take keys that params.yaml has not yet, too."""
+    return [f"++{key}={_hydra(value)}" for key, value in overrides.items()]
+
+
+def _overrides(before: Config, *, model: str, epochs: int | None, settings: list[str]) -> dict[str, Any]:
+    overrides = config.parse_settings(settings)
+    for key, value in overrides.items():
+        # -S merges mappings where a setting would replace one, and keeps the old order.
+        if isinstance(value, dict):
+            raise UserError(f"{key}: set one value of it, as {key}.NAME=VALUE, or edit params.yaml")
+    if model:
+        overrides["model.name"] = model
+    if epochs is not None:
+        overrides[f"train.phases.{list(before.train.phases)[-1]}.epochs"] = epochs
+    return overrides
+
+
+def _hydra(value: Any) -> str:
+    if isinstance(value, str):
+        # Backslashes stand for themselves unless a quote follows.
+        escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value)
+        return f"'{escaped}'"
+    if isinstance(value, list):
+        return f"[{','.join(_hydra(item) for item in value)}]"
+    return json.dumps(value)
+
+
+@contextmanager
+def _restored(path: Path, *, always: bool) -> Iterator[None]:
+    """Puts a file back as it was unless the block ends well: DVC leaves the settings of a failed experiment in it.
+
+    `always` is for a trial, whose settings must not stay behind for the next training.
+    """
+    kept = path.read_bytes()
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if always or not done:
+            with fresh_file(path) as beside:
+                beside.write_bytes(kept)
+
+
+def _dvc(arguments: list[str]) -> int:
+    """DVC's exit code. What stops this process stops the stage alone: DVC then ends by itself, its files in order."""
+    command = [sys.executable, "-m", "dvc", *arguments]
+    process = subprocess.Popen(command, env=_environment(), process_group=0)
+    try:
+        return process.wait()
+    except SystemExit:
+        os.killpg(process.pid, signal.SIGINT)  # which DVC leaves to the stage that it runs
+        process.wait()
+        raise
+
+
+def _environment() -> dict[str, str]:
+    """The environment with a git identity where the user has none: DVC keeps an experiment as a commit."""
+    environment = dict(os.environ)
+    # The interpreter that runs this has the packages: DVC does not put its environment on PATH.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    for variable, setting, stand_in in (("NAME", "user.name", "Thaw"), ("EMAIL", "user.email", "thaw@localhost")):
+        known = subprocess.run(["git", "config", setting], capture_output=True, check=False).returncode == 0
+        for role in ("AUTHOR", "COMMITTER"):
+            if not known:
+                environment.setdefault(f"GIT_{role}_{variable}", stand_in)
+    return environment
+
+
+def _summary(before: Config, after: Config) -> str:
+    metrics = json.loads(paths.METRICS.read_text(encoding="utf-8"))
+    test, run = metrics["test"], metrics["run"]
+    old, new = config.flat(before), config.flat(after)
+    trial = run["fast_dev_run"]
+    changed = (
+        []
+        if trial
+        else [f"{key}: {old.get(key, 'unset')} -> {value}" for key, value in new.items() if old.get(key) != value]
+    )
+    lines = [
+        "",
+        f"{after.model.name} on {after.data.name}: test top-1 {test['top1']:.4f} "
+        f"({test['top1_low']:.4f} to {test['top1_high']:.4f}), started from {run['start']} weights",
+        f"MLflow run: {run['name']} ({run['id']})",
+        *(f"params.yaml now has {line}" for line in changed),
+        *(["back to the committed parameters: git checkout params.yaml"] if changed else []),
+        "see it: make ui, make compare, or dvc exp show",
+    ]
+    if run["start"] == "random":
+        again = after.model.pretrained and not nets.is_scratch(after.model.name)
+        lines.insert(
+            1,
+            f"WARNING: this net started from RANDOM weights ({run['weights']})"
+            + ("; `dvc repro -f weights` tries the sources again" if again else ""),
+        )
+    if trial:
+        lines.insert(1, "A TRIAL of one batch of everything: the figures mean nothing; params.yaml is as it was")
+    return "\n".join(lines)

@@ -1,0 +1,38 @@
+"""Nothing half-written is ever taken for whole: write beside, then rename into place."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def fresh_folder(target: Path) -> Iterator[Path]:
+    """A private folder that takes the place of `target` when the block ends well, and vanishes when it does not.
+
+    What a killed process left beside is cleared by the next one.
+    """
+    beside = target.with_name(f".{target.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        shutil.rmtree(target, ignore_errors=True)
+        beside.replace(target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def fresh_file(target: Path) -> Iterator[Path]:
+    """A path beside `target` that is synced and renamed to it when the block ends well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.part")
+    try:
+        yield beside
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,194 @@
+"""The nets, by name: timm's, and under `scratch/` the classic ones written out in this folder, one file a family.
+
+`build` is the only door. To add a net, write its file here and name it in `_SCRATCH`; a timm net needs no code.
+Importing this module, or listing `scratch_names`, loads neither torch nor timm.
+"""
+
+import difflib
+import fnmatch
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pipeline.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_PREFIX = "scratch/"
+_SCRATCH = {
+    "lenet5": ("pipeline.nets.lenet", "lenet5"),
+    "resnet20": ("pipeline.nets.resnet", "resnet20"),
+}
+"""Name to (module, function). The function takes num_classes, in_chans and drop_rate, keyword-only."""
+
+
+class Net(Protocol):
+    """The part of timm's interface that every net of `_SCRATCH` speaks, so that no caller asks where a net is from.
+
+    Freezing, layer-wise learning rates, feature caching, explanation and export are written once against it.
+    """
+
+    num_classes: int
+    num_features: int
+    """Channels of the feature map."""
+    head_hidden_size: int
+    """Width of forward_head(pre_logits=True): what the classifier reads."""
+    pretrained_cfg: dict[str, Any]
+    """input_size and min_input_size (C, H, W), mean and std (one a channel, of pictures in 0..1), interpolation,
+    crop_pct, first_conv and classifier (names of modules), num_classes."""
+
+    def forward_features(self, x: "Tensor") -> "Tensor":
+        """Pictures [B, C, H, W] to the feature map [B, num_features, h, w]."""
+
+    def forward_head(self, x: "Tensor", pre_logits: bool = False) -> "Tensor":
+        """Feature map to logits [B, num_classes]; with pre_logits to [B, head_hidden_size], before dropout."""
+
+    def forward(self, x: "Tensor") -> "Tensor":
+        """forward_head(forward_features(x))."""
+
+    def get_classifier(self) -> "nn.Module":
+        """The last linear layer."""
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new, random classifier; nothing else changes."""
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns for timm.models._manipulate.group_parameters, input side first; only the classifier matches none."""
+
+
+def build(
+    name: str, *, num_classes: int, in_chans: int = 3, drop_rate: float = 0.0, drop_path_rate: float = 0.0
+) -> "nn.Module":
+    """A net with random weights.
+
+    Args:
+        name: `scratch/NAME`, or timm's name with or without a tag of weights (`resnet50`, `resnet50.a1_in1k`).
+        num_classes: Width of the logits.
+        in_chans: Channels of the pictures.
+        drop_rate: Dropout before the classifier, probability; 0 leaves the net's own default.
+        drop_path_rate: Stochastic depth, probability at the last block; 0 leaves the net's own default.
+
+    Raises:
+        UserError: There is no such net, or it does not take one of the arguments.
+    """
+    rates = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
+    optional: dict[str, Any] = {key: rate for key, rate in rates.items() if rate}
+    net: nn.Module
+    check(name)
+    try:
+        if is_scratch(name):
+            module, function = _SCRATCH[name.removeprefix(_PREFIX)]
+            net = getattr(import_module(module), function)(num_classes=num_classes, in_chans=in_chans, **optional)
+        else:
+            import timm
+
+            net = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_chans, **optional)
+    except TypeError as error:
+        refused = [key for key in optional if f"unexpected keyword argument '{key}'" in str(error)]
+        if not refused:
+            raise
+        raise UserError(f"{name} takes no {refused[0]}; set model.{refused[0]}=0") from None
+    return net
+
+
+def check(name: str) -> None:
+    """Refuses a name that no net has.
+
+    Raises:
+        UserError: With the nearest names.
+    """
+    if is_scratch(name):
+        return
+    if ":" in name:
+        raise UserError(f"{name}: nets are named as timm names them; for other weights give model.weights=FILE")
+    import timm
+
+    known = timm.list_models()
+    if name in known:
+        return
+    architecture, _, tag = name.partition(".")
+    if tag and architecture in known:
+        tagged = timm.list_models(architecture, include_tags=True)
+        if name not in tagged:
+            raise UserError(f"{name}: timm has no such weights for {architecture}{nearest(name, tagged)}")
+        return
+    raise _unknown(name, [*scratch_names(), *known])
+
+
+def is_scratch(name: str) -> bool:
+    """Whether the net is one of this folder's; loads neither torch nor timm.
+
+    Raises:
+        UserError: The name begins with `scratch/`, but no such net is here.
+    """
+    if not name.startswith(_PREFIX):
+        return False
+    if name.removeprefix(_PREFIX) not in _SCRATCH:
+        raise _unknown(name, scratch_names())
+    return True
+
+
+def scratch_names() -> list[str]:
+    """The nets of this folder; loads neither torch nor timm."""
+    return [_PREFIX + name for name in sorted(_SCRATCH)]
+
+
+def names(pattern: str = "*") -> list[str]:
+    """Every net whose name matches a shell pattern: this folder's first, then timm's."""
+    import timm
+
+    return fnmatch.filter([*scratch_names(), *timm.list_models()], pattern)
+
+
+def min_px(net: "nn.Module") -> int:
+    """The smallest side of a picture that the net takes, in pixels; 1 where the net does not say."""
+    config: Any = net.pretrained_cfg
+    size = config.get("min_input_size")
+    return max(size[1:]) if size else 1
+
+
+def check_px(net: "nn.Module", px: int, *, name: str) -> None:
+    """Refuses a side of pictures, in pixels, that the net does not take; the net must be on the CPU.
+
+    Raises:
+        UserError: With the side to set, where timm knows it.
+    """
+    import torch
+    from timm.models._input import get_model_input_config
+
+    expected = get_model_input_config(net)
+    channels, side = expected["input_size"][:2]
+    if expected["fixed_input_size"] and px != side:
+        raise UserError(f"{name} takes pictures of {side} px only, got {px}; set augment.px={side} and train.px=auto")
+    if px < min_px(net):
+        raise UserError(f"{name} takes pictures of {min_px(net)} px or more, got {px}; raise augment.px and train.px")
+    training = net.training
+    try:
+        with torch.no_grad():
+            net.eval()(torch.zeros(1, channels, px, px))
+    except RuntimeError as error:  # timm does not know every net's smallest side; trying tells
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{name} does not take pictures of {px} px; raise augment.px and train.px ({reason})") from None
+    finally:
+        net.train(training)
+
+
+def normalization(net: "nn.Module", *, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation, one a channel, that the net expects of pictures in 0..1.
+
+    A net of one channel whose weights come from three takes the mean over the three of each.
+    """
+    config: Any = net.pretrained_cfg
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    if len(mean) == in_chans:
+        return mean, std
+    assert in_chans == 1
+    return (sum(mean) / len(mean),), (sum(std) / len(std),)
+
+
+def _unknown(name: str, known: list[str]) -> UserError:
+    """Compares without `scratch/`, which would make every net of ours look alike."""
+    full_names = {full.removeprefix(_PREFIX): full for full in known}
+    close = difflib.get_close_matches(name.removeprefix(_PREFIX), full_names, n=3)
+    hint = f"did you mean {' or '.join(full_names[bare] for bare in close)}?" if close else "list them: make models"
+    return UserError(f"{name}: no such net; {hint}")

@@ -1,0 +1,127 @@
+"""What is on its way to a server that may be away: calls in memory, metric points on disk."""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FIRST_PAUSE, LONGEST_PAUSE = 10.0, 600.0
+"""Seconds until a server that failed is tried again; doubled at each failure."""
+
+
+class Outbox:
+    """Calls of a server. One that fails is kept for `drain`, is told once, and puts off the next."""
+
+    def __init__(self, server: str, *, failures: tuple[type[Exception], ...]) -> None:
+        self._server = server
+        self._failures = failures
+        self._queue: list[tuple[str, Callable[[], object]]] = []
+        self._pause = self._rests_until = 0.0
+        self._warned = False
+
+    @property
+    def rests(self) -> bool:
+        """Whether the server failed so lately that it is not tried."""
+        return time.monotonic() < self._rests_until
+
+    def attempt(self, call: Callable[[], object]) -> bool:
+        """Whether the call went through, now."""
+        try:
+            call()
+        except self._failures as error:
+            self._pause = min(max(2 * self._pause, FIRST_PAUSE), LONGEST_PAUSE)
+            self._rests_until = time.monotonic() + self._pause
+            if not self._warned:
+                self._warned = True
+                warn(f"{self._server} fails; training goes on, what is tracked is sent later: {reason(error)}")
+            return False
+        self._pause = self._rests_until = 0.0
+        return True
+
+    def do(self, what: str, call: Callable[[], object]) -> None:
+        """Makes the call now, or at `drain`."""
+        if self.rests or not self.attempt(call):
+            self._queue.append((what, call))
+
+    def drain(self, *, alive: bool) -> list[str]:
+        """Makes each call that waits once more if the server is alive, and names those that remain."""
+        if alive:
+            self._queue = [(what, call) for what, call in self._queue if not self.attempt(call)]
+        return [what for what, _ in self._queue]
+
+
+class Point(NamedTuple):
+    """Metrics logged together."""
+
+    time: int
+    """Milliseconds since the epoch."""
+    step: int
+    metrics: dict[str, float]
+
+
+class Spool:
+    """One run's metric points in an append-only file of JSON lines.
+
+    The first line names the run; each other one is a point, or the number of points acknowledged so far. A file of
+    another run is begun anew. A line that a kill cut short is skipped.
+    """
+
+    def __init__(self, path: Path, *, run_id: str) -> None:
+        self.path = path
+        self.waiting: list[Point] = []
+        """Points not yet acknowledged, oldest first."""
+        self._sent = 0
+        lines = _lines(path)
+        if lines[:1] != [{"run": run_id}]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{json.dumps({'run': run_id})}\n", encoding="utf-8")
+            return
+        self._sent = max((line["sent"] for line in lines if "sent" in line), default=0)
+        self.waiting = [Point(*line["point"]) for line in lines if "point" in line][self._sent :]
+        self._append("")  # ends a line that was cut short
+
+    def add(self, point: Point) -> None:
+        """Keeps a point until it is acknowledged."""
+        self._append(json.dumps({"point": point}))
+        self.waiting.append(point)
+
+    def acknowledge(self, count: int) -> None:
+        """The first `count` points that wait have arrived."""
+        self._sent += count
+        self._append(json.dumps({"sent": self._sent}))
+        del self.waiting[:count]
+
+    def _append(self, line: str) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+
+
+def reason(error: Exception) -> str:
+    """An error's first line, cut to what a line of ours can hold."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0] if len(lines[0]) <= 300 else f"{lines[0][:300]}..."
+
+
+def warn(line: str) -> None:
+    """A line on standard error that a training's log is not likely to hide."""
+    print(without_password(f"WARNING: {line}"), file=sys.stderr, flush=True)
+
+
+def without_password(line: str) -> str:
+    """The line with the user and password of every address left out."""
+    return re.sub(r"://[^/@\s]*@", "://", line)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines

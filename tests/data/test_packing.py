@@ -1,0 +1,95 @@
+"""Pictures as published become the packed store: nothing is left out unsaid, and only training pictures have copies."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.config import AugmentParams
+from pipeline.data import packing
+from pipeline.data.catalog import Item, Pictures
+from pipeline.data.store import Store
+from pipeline.errors import UserError
+
+PX = 8
+BROKEN = "bees/03.jpg: truncated JPEG"
+
+
+def _pictures(*, channels: int = 3, broken: bool = False) -> Pictures:
+    """Forty pictures of two classes that the publisher did not split, 12 by 16 pixels."""
+    rng = np.random.default_rng(0)
+    shape = (12, 16, 3) if channels == 3 else (12, 16)
+    pixels = [rng.integers(0, 256, shape, dtype=np.uint8) for _ in range(40)]
+
+    def load(index: int) -> np.ndarray:
+        if broken and index == 3:
+            raise UserError(BROKEN)
+        return pixels[index]
+
+    items = [Item(f"{index:02d}", index % 2, "") for index in range(40)]
+    return Pictures(("ants", "bees"), items, load=load, skipped=("x.txt: no picture",))
+
+
+def _pack(folder: Path, pictures: Pictures, *, channels: int = 3, **params: Any) -> Store:
+    folder.mkdir()
+    packing.pack(folder, pictures, dataset="tiny", channels=channels, params=AugmentParams(px=PX, **params))
+    return Store(folder)
+
+
+def test_every_picture_is_in_one_split_at_the_packed_size(tmp_path: Path) -> None:
+    store = _pack(tmp_path / "store", _pictures())
+    assert store.counts() == {"train": 29, "val": 3, "test": 8}
+    assert len({row.key for row in store.rows}) == 40
+    assert {min(row.height, row.width) for row in store.rows} == {PX}
+    assert store.meta.skipped == ("x.txt: no picture",)
+    store.verify()
+
+
+def test_an_unreadable_picture_stops_it_with_its_name_and_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        _pack(tmp_path / "store", _pictures(broken=True))
+    assert str(error.value) == f"{BROKEN}; remove it, or set augment.skip_unreadable: true"
+
+
+def test_an_unreadable_picture_is_left_out_and_listed_when_that_is_asked_for(tmp_path: Path) -> None:
+    store = _pack(tmp_path / "store", _pictures(broken=True), skip_unreadable=True)
+    assert len(store) == 39
+    assert "03" not in {row.key for row in store.rows}
+    assert store.meta.skipped == ("x.txt: no picture", BROKEN)
+
+
+def test_copies_are_of_training_pictures_alone_seeded_and_all_different(tmp_path: Path) -> None:
+    chosen = {"copies": 2, "transforms": {"gaussian_noise": {"p": 1.0}}}
+    store = _pack(tmp_path / "store", _pictures(), **chosen)
+    assert store.counts() == {"train": 3 * 29, "val": 3, "test": 8}
+    copies = [index for index, row in enumerate(store.rows) if row.copy]
+    assert {store.rows[index].split for index in copies} == {"train"}
+    assert len({store[index].tobytes() for index in range(len(store))}) == len(store)
+    again = _pack(tmp_path / "again", _pictures(), **chosen)
+    assert again.meta.sha256 == store.meta.sha256
+    other = _pack(tmp_path / "other", _pictures(), **chosen, seed=1)
+    assert {other[i].tobytes() for i, row in enumerate(other.rows) if row.copy}.isdisjoint(
+        store[index].tobytes() for index in copies
+    )
+
+
+def test_a_copy_keeps_the_class_of_its_picture(tmp_path: Path) -> None:
+    store = _pack(tmp_path / "store", _pictures(), copies=1, transforms={"horizontal_flip": {"p": 1.0}})
+    for index in np.flatnonzero([row.copy for row in store.rows]):
+        original, copy = store.rows[index - 1], store.rows[index]
+        assert (copy.key, copy.label, copy.copy) == (original.key, original.label, 1)
+        assert np.array_equal(store[index], store[index - 1][:, ::-1])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_stays_one_channel_where_every_picture_is_grey(tmp_path: Path, channels: int) -> None:
+    store = _pack(tmp_path / "store", _pictures(channels=1), channels=channels)
+    assert store[0].shape == (8, 11, channels)
+    assert np.array_equal(store[0][..., 0], store[0][..., -1])
+
+
+def test_a_large_dataset_is_decoded_window_by_window_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = _pack(tmp_path / "whole", _pictures())
+    monkeypatch.setattr(packing, "WINDOW", 7)
+    assert _pack(tmp_path / "windows", _pictures()).meta.sha256 == whole.meta.sha256

@@ -1,0 +1,91 @@
+"""The documents and the code name the same things."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline import config
+from pipeline.__main__ import COMMANDS
+from pipeline.data.catalog import DATASETS
+from pipeline.data.transforms import TRANSFORMS
+
+ROOT = Path(__file__).parents[1]
+README, CONTRIBUTING, PARAMETERS = (
+    (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "docs/parameters.md")
+)
+
+
+def _parameters() -> list[str]:
+    """A row of docs/parameters.md for every parameter: name, what params.yaml says, meaning."""
+    shipped = YAML(typ="safe").load(ROOT / "params.yaml")
+    rows = []
+    for section, field in config.Config.model_fields.items():
+        assert field.annotation is not None
+        for name, knob in field.annotation.model_fields.items():
+            value = "see below" if name == "phases" else f"`{_plain(shipped[section][name])}`"
+            rows.append(f"| `{section}.{name}` | {value} | {_meaning(knob)} |")
+    phase = shipped["train"]["phases"]["finetune"]
+    rows += [f"| `{name}` | `{_plain(phase[name])}` | {_meaning(knob)} |" for name, knob in _phase().items()]
+    return rows
+
+
+def _transforms() -> list[str]:
+    """A row for every argument of every transform: name, default, meaning."""
+    rows = []
+    for name, entry in TRANSFORMS.items():
+        rows.append(f"| `{name}` | | {entry.__doc__} |")
+        for argument, field in entry.model_fields.items():
+            if argument != "p" or field.default != 0.5:
+                meaning = _meaning(field) if field.description else "Probability that a picture is transformed."
+                rows.append(f"| `{name}.{argument}` | `{_plain(field.default)}` | {meaning} |")
+    return rows
+
+
+def _phase() -> dict[str, Any]:
+    return dict(config.PhaseParams.model_fields)
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _meaning(field: Any) -> str:
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    listed = f" One of {', '.join(f'`{choice}`' for choice in choices)}." if choices else ""
+    return " ".join(field.description.split()) + listed
+
+
+@pytest.mark.parametrize("row", [*_parameters(), *_transforms()])
+def test_every_parameter_stands_in_the_table_as_its_docstring_has_it(row: str) -> None:
+    assert row in PARAMETERS.splitlines()
+
+
+def test_the_table_has_no_parameter_that_is_gone() -> None:
+    rows = [line for line in PARAMETERS.splitlines() if line.startswith("| `")]
+    assert sorted(rows) == sorted([*_parameters(), *_transforms()])
+
+
+def test_the_readme_names_every_dataset_and_command() -> None:
+    assert all(f"`{name}`" in README for name in DATASETS)
+    assert all(name in README for name in COMMANDS)
+
+
+@pytest.mark.parametrize("text", [README, CONTRIBUTING, PARAMETERS])
+def test_what_the_documents_set_can_be_set(text: str) -> None:
+    settings = re.findall(r"\b((?:data|augment|model|train|evaluate|tracking)\.[a-z_.]+=[^\s\"`]+)", text)
+    config.load(
+        ROOT / "params.yaml", overrides=config.parse_settings([word for word in settings if "weights=" not in word])
+    )
+
+
+def test_every_file_that_the_documents_name_is_there() -> None:
+    for name in ("README.md", "CONTRIBUTING.md", "docs/parameters.md"):
+        path = ROOT / name
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", path.read_text()):
+            assert (path.parent / link).exists(), f"{name}: {link}"
+    for name in re.findall(r"`((?:pipeline|tests|docs)/[\w/.]+)`", README + CONTRIBUTING):
+        assert (ROOT / name).exists(), name

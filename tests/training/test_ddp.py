@@ -1,0 +1,132 @@
+"""Two processes train as one: the same figures, one MLflow run, one set of files, and nobody left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from pipeline import tracking
+from pipeline.data import store
+from pipeline.data.store import Row
+from pipeline.training import weights
+from pipeline.training.pretrained import Origin
+from pipeline.training.record import Record
+
+ROOT = Path(__file__).parents[2]
+NET = "scratch/lenet5"
+PX = 32
+
+
+def _project(folder: Path, *, devices: int, epochs: int) -> Path:
+    """A folder in which the train stage can run: parameters, packed pictures, and random weights to start from."""
+    settings: dict[str, dict[str, Any]] = {
+        "data": {"name": "tiny"},
+        "augment": {"px": PX},
+        "model": {"name": NET},
+        "train": {
+            "batch_size": 6,
+            "optimizer": "sgd",
+            "accelerator": "cpu",
+            "devices": devices,
+            "strategy": "ddp",
+            "phases": {
+                "one": {"epochs": 1, "trainable": "head", "lr": 0.01},
+                "two": {"epochs": epochs, "trainable": "all", "lr": 0.01, "scheduler": "constant"},
+            },
+        },
+        "tracking": {"log_model": False, "system_metrics": False},
+    }
+    yaml = YAML()
+    params = yaml.load(ROOT / "params.yaml")
+    for section, knobs in settings.items():
+        params[section].update(knobs)
+    folder.mkdir()
+    yaml.dump(params, folder / "params.yaml")
+    (folder / "models" / "pretrained" / NET).mkdir(parents=True)
+    Origin(start="random", source="a test").write(folder / "models" / "pretrained" / NET)
+
+    packed = folder / "data" / "prepared" / "tiny"
+    packed.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    # Five pictures for two processes: uneven validation is part of the test.
+    rows = (
+        (Row(f"{i}", split, i % 3, 0, PX, PX), rng.integers(0, 256, (PX, PX, 1), dtype=np.uint8))
+        for i, split in enumerate(["train"] * 18 + ["val"] * 5)
+    )
+    store.write(packed, rows, dataset="tiny", classes=("a", "b", "c"), px=PX, channels=1, skipped=[])
+    return folder
+
+
+def _start(folder: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "train"],
+        cwd=folder,
+        env={**os.environ, "DVC_ROOT": str(folder), "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    base = tmp_path_factory.mktemp("ddp")
+    folders = {devices: _project(base / f"{devices}", devices=devices, epochs=2) for devices in (1, 2)}
+    for folder in folders.values():
+        process = _start(folder)
+        printed, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, printed
+    return folders
+
+
+def test_two_processes_give_the_figures_and_the_weights_of_one(trained: dict[int, Path]) -> None:
+    one, two = (pd.read_csv(trained[devices] / "models" / "curves.csv") for devices in (1, 2))
+    assert one["phase"].tolist() == two["phase"].tolist() == ["one", "two", "two"]
+    for column in ("train/loss", "train/top1", "val/loss", "val/top1"):
+        assert np.allclose(one[column], two[column], atol=1e-5), column
+    files = [trained[devices] / "models" / NET / "train" / "model.safetensors" for devices in (1, 2)]
+    alone, together = (weights.load_model(file)[0].state_dict() for file in files)
+    for name, value in alone.items():
+        assert torch.allclose(value, together[name], atol=1e-5), name
+
+
+def test_two_processes_make_one_run_with_each_point_once(
+    trained: dict[int, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(trained[2]))
+    (run,) = tracking.runs()
+    assert run.id == Record.read(trained[2] / "models" / NET / "train").run_id
+    assert run.status == "FINISHED"
+    assert run.metrics["epoch"] == 3
+    assert not (trained[2] / "models" / "progress" / NET / "phases").exists()
+
+
+def test_stopping_the_first_process_ends_the_second_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _project(tmp_path / "it", devices=2, epochs=10_000)
+    process = _start(folder)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("two 3/"):
+            break
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    assert ranks
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, printed
+    deadline = time.monotonic() + 30
+    while any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks):
+        assert time.monotonic() < deadline, "a rank is left behind"
+        time.sleep(0.1)
+    assert not (folder / "models" / NET / "train").exists()
+    monkeypatch.setenv("DVC_ROOT", str(folder))
+    assert [run.status for run in tracking.runs()] == ["KILLED"]
