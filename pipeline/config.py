@@ -91,6 +91,10 @@ class ModelParams(Params):
     """Dropout before the classifier, as a probability."""
     drop_path_rate: float = Field(0.0, ge=0, lt=1)
     """Stochastic depth, as the last block's probability, in nets that have it."""
+    stem: Literal["default", "cifar"] = "default"
+    """First layers: the net's own, or cifar for a 3x3 one that keeps small pictures whole, in nets that have it."""
+    recompute: bool = False
+    """Compute cheap layers again in the backward pass, to save memory, in the DenseNets written here."""
 
 
 class PhaseParams(Params):

@@ -1,6 +1,6 @@
 """The nets, by name: timm's, and under `scratch/` the classic ones written out in this folder, one file a family.
 
-`build` is the only door. To add a net, write its file here and name it in `_SCRATCH`; a timm net needs no code.
+`build` is the only door. To add a net, write its file here and name it in `_FAMILIES`; a timm net needs no code.
 Importing this module, or listing `scratch_names`, loads neither torch nor timm.
 """
 
@@ -14,12 +14,33 @@ from pipeline.errors import UserError, nearest
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+DEFAULT_STEM = "default"
 _PREFIX = "scratch/"
-_SCRATCH = {
-    "lenet5": ("pipeline.nets.lenet", "lenet5"),
-    "resnet20": ("pipeline.nets.resnet", "resnet20"),
+_LEFT_ALONE = {"drop_rate": 0, "drop_path_rate": 0, "stem": DEFAULT_STEM, "recompute": False}
+"""Arguments of `build` that a net need not have, with the value that leaves a net as it is."""
+_FAMILIES = {
+    "lenet": "lenet5",
+    "alexnet": "alexnet alexnet_two_tower",
+    "zfnet": "zfnet",
+    "nin": "nin",
+    "cnn_fms": "vgg_f vgg_m vgg_s",
+    "vgg": "vgg11 vgg11_bn vgg13 vgg13_bn vgg16 vgg16_bn vgg19 vgg19_bn",
+    "googlenet": "googlenet googlenet_paper",
+    "unet": "unet_encoder",
+    "resnet": "resnet18 resnet34 resnet50 resnet101 resnet152 plain18 plain34 "
+    "resnet20 resnet32 resnet44 resnet56 resnet110 plain20 plain32 plain44 plain56 plain110",
+    "preact_resnet": "preact_resnet18 preact_resnet50 preact_resnet110 preact_resnet164",
+    "densenet": "densenet121 densenet161 densenet169 densenet201 densenet_bc100_k12",
+    "resnext": "resnext50_32x4d resnext101_32x8d resnext29_8x64d",
+    "mobilenet": "mobilenet_v1 mobilenet_v1_075 mobilenet_v1_050 mobilenet_v1_025",
+    "senet": "se_resnet50 senet154",
+    "efficientnet": "efficientnet_b0 efficientnet_b1 efficientnet_b2 efficientnet_b3 "
+    "efficientnet_b4 efficientnet_b5 efficientnet_b6 efficientnet_b7",
 }
-"""Name to (module, function). The function takes num_classes, in_chans and drop_rate, keyword-only."""
+"""Each file of this folder, in the order of the papers, with its nets. A net is a function of its name there: it takes
+num_classes, in_chans and drop_rate, keyword-only, and whichever of drop_path_rate, stem and recompute the family has.
+"""
+_SCRATCH = {name: family for family, members in _FAMILIES.items() for name in members.split()}
 
 
 class Net(Protocol):
@@ -57,7 +78,14 @@ class Net(Protocol):
 
 
 def build(
-    name: str, *, num_classes: int, in_chans: int = 3, drop_rate: float = 0.0, drop_path_rate: float = 0.0
+    name: str,
+    *,
+    num_classes: int,
+    in_chans: int = 3,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    stem: str = DEFAULT_STEM,
+    recompute: bool = False,
 ) -> "nn.Module":
     """A net with random weights.
 
@@ -67,18 +95,21 @@ def build(
         in_chans: Channels of the pictures.
         drop_rate: Dropout before the classifier, probability; 0 leaves the net's own default.
         drop_path_rate: Stochastic depth, probability at the last block; 0 leaves the net's own default.
+        stem: "default", or "cifar" for a first layer that keeps the size of small pictures, in our nets that have it.
+        recompute: Compute cheap layers again in the backward pass in place of keeping their outputs, in our DenseNets.
 
     Raises:
         UserError: There is no such net, or it does not take one of the arguments.
     """
-    rates = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
-    optional: dict[str, Any] = {key: rate for key, rate in rates.items() if rate}
+    given = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate, "stem": stem, "recompute": recompute}
+    optional: dict[str, Any] = {key: value for key, value in given.items() if value != _LEFT_ALONE[key]}
     net: nn.Module
     check(name)
     try:
         if is_scratch(name):
-            module, function = _SCRATCH[name.removeprefix(_PREFIX)]
-            net = getattr(import_module(module), function)(num_classes=num_classes, in_chans=in_chans, **optional)
+            bare = name.removeprefix(_PREFIX)
+            function = getattr(import_module(f"{__name__}.{_SCRATCH[bare]}"), bare)
+            net = function(num_classes=num_classes, in_chans=in_chans, **optional)
         else:
             import timm
 
@@ -87,7 +118,8 @@ def build(
         refused = [key for key in optional if f"unexpected keyword argument '{key}'" in str(error)]
         if not refused:
             raise
-        raise UserError(f"{name} takes no {refused[0]}; set model.{refused[0]}=0") from None
+        key = refused[0]
+        raise UserError(f"{name} takes no {key}; set model.{key}={str(_LEFT_ALONE[key]).lower()}") from None
     return net
 
 

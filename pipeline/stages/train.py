@@ -67,6 +67,8 @@ def _build(config: Config, store: Store, origin: Origin) -> tuple[nn.Module, Mod
             in_chans=model.in_chans,
             drop_rate=model.drop_rate,
             drop_path_rate=model.drop_path_rate,
+            stem=model.stem,
+            recompute=model.recompute,
         )
         nets.check_px(net, config.px, name=model.name)
     if origin.start != "random":
@@ -75,6 +77,7 @@ def _build(config: Config, store: Store, origin: Origin) -> tuple[nn.Module, Mod
     card = ModelCard(
         name=model.name,
         in_chans=model.in_chans,
+        stem=model.stem,
         classes=store.meta.classes,
         px=config.px,
         pack_px=store.meta.px,

@@ -66,7 +66,7 @@ def _choose(model: ModelParams) -> "tuple[dict[str, Tensor] | None, Origin]":
 def _from_file(model: ModelParams, path: Path) -> "dict[str, Tensor]":
     """Reads the user's file and tries it on, so that one of another net is refused here and not in training."""
     state = weights.read_state(path)
-    net = nets.build(model.name, num_classes=2, in_chans=model.in_chans)
+    net = nets.build(model.name, num_classes=2, in_chans=model.in_chans, stem=model.stem)
     try:
         weights.load_pretrained(net, state)
     except UserError as error:

@@ -64,6 +64,7 @@ class Classifier(L.LightningModule):
         self.phase = phase
         self.normalize = Normalize(mean, std)
         self._optimizer, self._weight_decay, self._label_smoothing = optimizer, weight_decay, label_smoothing
+        self._auxiliary_weight = float(getattr(net, "auxiliary_weight", 0.0))
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         # For the summary's sizes and FLOPs.
         self.example_input_array = torch.zeros(1, len(mean), px, px, dtype=torch.uint8)
@@ -74,7 +75,7 @@ class Classifier(L.LightningModule):
         self.train()
 
     def forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.net(self.normalize(pixels_BCHW).contiguous(memory_format=self._memory_format))
+        logits: torch.Tensor = self.net(self._normalized(pixels_BCHW))
         return logits
 
     def train(self, mode: bool = True) -> "Classifier":
@@ -89,11 +90,12 @@ class Classifier(L.LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> torch.Tensor:
         pixels, labels = batch
-        logits = self(pixels)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self._label_smoothing)
-        self._check_finite(loss, f"epoch {self.current_epoch + 1}, step {index + 1}")
-        self._count("train", loss, logits, labels)
-        return loss
+        logits, *auxiliary_logits = self._all_logits(pixels)
+        loss = self._loss(logits, labels)
+        whole = loss + self._auxiliary_weight * sum(self._loss(extra, labels) for extra in auxiliary_logits)
+        self._check_finite(whole, f"epoch {self.current_epoch + 1}, step {index + 1}")
+        self._count("train", loss, logits, labels)  # without the auxiliary part, which validation has not
+        return whole
 
     def validation_step(self, batch: Batch, index: int) -> None:  # noqa: ARG002, Lightning's signature
         pixels, labels = batch
@@ -101,6 +103,23 @@ class Classifier(L.LightningModule):
         loss = F.cross_entropy(logits, labels)
         self._check_finite(loss, f"validation after epoch {self.current_epoch + 1}")
         self._count("val", loss, logits, labels)
+
+    def _normalized(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        pixels: torch.Tensor = self.normalize(pixels_BCHW)
+        return pixels.contiguous(memory_format=self._memory_format)
+
+    def _all_logits(self, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The logits, and those of the net's auxiliary classifiers while they learn (Szegedy et al. 2014)."""
+        net: Any = self.net
+        heads = net.auxiliary_heads() if hasattr(net, "auxiliary_heads") else []
+        if not any(parameter.requires_grad for head in heads for parameter in head.parameters()):
+            return (self(pixels_BCHW),)
+        logits: tuple[torch.Tensor, ...] = net.forward_with_auxiliary(self._normalized(pixels_BCHW))
+        return logits
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = F.cross_entropy(logits, labels, label_smoothing=self._label_smoothing)
+        return loss
 
     def _check_finite(self, loss: torch.Tensor, when: str) -> None:
         if not torch.isfinite(loss):

@@ -5,6 +5,7 @@ Importing this module, or reading a card, does not load torch.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -37,6 +38,8 @@ class ModelCard:
     """The net, as nets.build takes it."""
     in_chans: int
     """Channels that the net sees."""
+    stem: str
+    """First layers, as nets.build takes it."""
     classes: tuple[str, ...]
     """Class names in the order of the logits."""
     px: int
@@ -79,7 +82,7 @@ def load_model(path: Path) -> "tuple[nn.Module, ModelCard]":
     """
     card = read_card(path)
     state = read_state(path)
-    net = nets.build(card.name, num_classes=len(card.classes), in_chans=card.in_chans)
+    net = nets.build(card.name, num_classes=len(card.classes), in_chans=card.in_chans, stem=card.stem)
     if misfit := _misfit(net, state):
         raise UserError(f"{path}: does not fit {card.name}; {misfit}")
     net.load_state_dict(state, strict=True)
@@ -130,16 +133,17 @@ def load_pretrained(net: "nn.Module", state: "Mapping[str, Tensor]") -> None:
 
     Where the classifier has another shape, or there is none, the net's own is set to zero: every class is then equally
     likely at first, and no random head sends noise into pretrained layers (Kolesnikov et al. 2019). The kernels of
-    the first convolution are summed over the colours for a one-channel net; everything else must match. Works alike
-    for timm's nets and our own.
+    the first convolution are summed over the colours for a one-channel net; everything else must match. A net of ours
+    takes files of its reference in torchvision or timm, whose names it knows. Works alike for timm's nets and our own.
 
     Raises:
         UserError: The first names that are missing, unexpected, or of another shape.
     """
     config: Any = net.pretrained_cfg
     own = net.state_dict()
-    fitted = dict(state)
-    classifiers = tuple(f"{name}." for name in _as_names(config.get("classifier")))
+    fitted = renamed_for(net, state)
+    names = (*_as_names(config.get("classifier")), *config.get("auxiliary_classifiers", ()))
+    classifiers = tuple(f"{name}." for name in names)
     for classifier in classifiers:
         keys = [key for key in own if key.startswith(classifier)]
         if any(key in fitted and fitted[key].shape != own[key].shape for key in keys):
@@ -184,6 +188,19 @@ def _read_pickle(path: Path) -> "dict[str, Tensor]":
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return dict(state)
+
+
+def renamed_for(net: "nn.Module", state: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    """A state under the net's own names, where it stands under those of a reference that the net knows."""
+    own = net.state_dict()
+    pairs: tuple[tuple[str, str], ...] = getattr(net, "reference_renames", ())
+    renamed = {}
+    for key, tensor in state.items():
+        name = key
+        for pattern, replacement in () if key in own else pairs:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
 
 
 def _sum_colours(weight: "Tensor", *, like: "Tensor") -> "Tensor":

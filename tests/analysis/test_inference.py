@@ -27,6 +27,7 @@ def _card(*, in_chans: int = 3, start: weights.Start = "pretrained") -> ModelCar
     return ModelCard(
         name="scratch/lenet5",
         in_chans=in_chans,
+        stem="default",
         classes=CLASSES,
         px=PX,
         pack_px=PACK_PX,

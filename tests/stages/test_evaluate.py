@@ -36,6 +36,7 @@ def _trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = ModelCard(
         name=MODEL,
         in_chans=3,
+        stem="default",
         classes=("a", "b"),
         px=PX,
         pack_px=PX,

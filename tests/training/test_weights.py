@@ -20,6 +20,7 @@ PX = {"test_vit": 160}
 CARD = ModelCard(
     name="scratch/lenet5",
     in_chans=1,
+    stem="default",
     classes=("ant", "bee", "Käfer"),
     px=32,
     pack_px=40,
