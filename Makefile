@@ -7,14 +7,14 @@ export DVC_NO_ANALYTICS := 1
 STAMP := $(VENV)/.lock-installed
 
 # A misspelt variable would be ignored, and the default trained.
-KNOWN := MODEL EPOCHS SET SEARCH PORT PYTHON VENV
+KNOWN := MODEL EPOCHS SET NAME SIZE SEARCH PORT PYTHON VENV
 UNKNOWN := $(filter-out $(KNOWN) MAKEFLAGS MFLAGS,$(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$v)))
 ifneq ($(strip $(UNKNOWN)),)
 $(error $(UNKNOWN): no such variable; known: $(KNOWN))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-cpu repro train test test-all lint format ui compare models lock clean
+.PHONY: help setup setup-cpu repro train study test test-all lint format ui compare models lock clean
 
 PIP := python -m pip install --disable-pip-version-check --quiet
 
@@ -60,6 +60,9 @@ repro: setup ## run the chain: download, weights, augment, train, evaluate
 
 train: setup ## another net, earlier results stay: MODEL=resnet18 [EPOCHS=5] [SET="train.batch_size=32 ..."]
 	@python -m pipeline experiment $(if $(MODEL),--model '$(MODEL)') $(if $(EPOCHS),--epochs '$(EPOCHS)') $(if $(SET),--set $(SET))
+
+study: setup ## a group of experiments: NAME=depth [SIZE=full]; without NAME, what there is
+	@python -m pipeline study $(if $(NAME),--name '$(NAME)') $(if $(SIZE),--size '$(SIZE)')
 
 test: setup ## the tests, without the slow ones
 	python -m pytest -q

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, get_args
 
 from pipeline.errors import UserError, nearest
 
@@ -39,6 +39,17 @@ def _experiment(args: argparse.Namespace) -> None:
     from pipeline import experiment
 
     experiment.run(model=args.model, epochs=args.epochs, settings=args.set)
+
+
+def _study(args: argparse.Namespace) -> None:
+    from pipeline import study
+
+    if args.size not in get_args(study.Size):
+        raise UserError(f"--size {args.size}: it is small or full{nearest(args.size, get_args(study.Size))}")
+    if args.name:
+        study.run(args.name, size=args.size, variants=args.variants)
+    else:
+        print("\n".join(f"{name:<12} {study.read(name).title}" for name in study.names()))
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -106,6 +117,15 @@ COMMANDS = {
             Argument("--model", "net to train, in place of model.name", default=""),
             Argument("--epochs", "epochs of the last phase, in place of the file's", type=int),
             Argument("--set", "further parameters, as section.key=value", default=[], many=True),
+        ),
+    ),
+    "study": Command(
+        "run a group of experiments of experiments/, or list them",
+        _study,
+        (
+            Argument("--name", "study to run: a folder of experiments/", default=""),
+            Argument("--size", "small (20 minutes on two cores) or full (the paper's)", default="small"),
+            Argument("--variants", "some of its variants alone; then no results are written", default=[], many=True),
         ),
     ),
     "predict": Command(

@@ -17,6 +17,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from pipeline import paths
 from pipeline.data.transforms import check as check_transforms
 from pipeline.errors import UserError, ValueAtError, nearest
+from pipeline.files import fresh_file
 
 
 class Marker(NamedTuple):
@@ -139,6 +140,8 @@ class TrainParams(Params):
     """Memory format NHWC: faster convolutions on most processors."""
     fast_dev_run: bool = False
     """One batch of everything, to see that it runs. The figures then mean nothing, and say so."""
+    gradient_norms: bool = False
+    """Note each layer's gradient norm once an epoch, in models/NET/train/gradients.csv."""
     accelerator: Annotated[Literal["auto", "cpu", "gpu", "mps"], Operational] = "auto"
     """Lightning's accelerator."""
     devices: Annotated[Literal["auto"] | Annotated[int, Field(ge=1)], Operational] = 1
@@ -223,6 +226,15 @@ def load(path: Path = paths.PARAMS, *, overrides: Mapping[str, Any] | None = Non
         return Config.model_validate(_plain(document))
     except ValidationError as error:
         raise UserError(_explain(error, document, path, overridden=tuple(overrides or ()))) from None
+
+
+def write(path: Path = paths.PARAMS, *, overrides: Mapping[str, Any]) -> None:
+    """Sets dotted keys in params.yaml, which keeps its comments; a mapping replaces what stood there."""
+    document = YAML().load(path.read_text(encoding="utf-8"))
+    for key, value in overrides.items():
+        _override(document, key, value)
+    with fresh_file(path) as beside, beside.open("w", encoding="utf-8") as file:
+        YAML().dump(document, file)
 
 
 def where(parameter: str, path: Path = paths.PARAMS) -> str:

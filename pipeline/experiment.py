@@ -30,16 +30,15 @@ def run(*, model: str, epochs: int | None, settings: list[str]) -> None:
     before = config.load()
     overrides = _overrides(before, model=model, epochs=epochs, settings=settings)
     after = config.load(overrides=overrides)
-    if subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, check=False).returncode:
-        raise UserError("make train needs a git repository with a commit, for DVC's experiments; `make repro` does not")
+    check_repository()
     try:
         check_names(after)
     except UserError as error:
         if error.parameter not in overrides:
             raise
         raise UserError(f"{error.parameter}: {error}") from None  # it stands in no file
-    with _restored(paths.PARAMS, always=after.train.fast_dev_run):
-        if _dvc(["exp", "run", "evaluate", *(part for word in words(overrides) for part in ("-S", word))]):
+    with restored(paths.PARAMS, always=after.train.fast_dev_run):
+        if dvc(["exp", "run", "evaluate", *(part for word in words(overrides) for part in ("-S", word))]):
             raise SystemExit(1)
     print(_summary(before, after))
 
@@ -59,6 +58,47 @@ def check_names(wanted: Config) -> None:
     if not paths.pretrained(wanted.model.name).exists():
         with blaming("model.name"):
             nets.check(wanted.model.name)
+
+
+def check_repository() -> None:
+    """Refuses a folder in which DVC can keep no experiments.
+
+    Raises:
+        UserError: It has no git repository with a commit.
+    """
+    if subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, check=False).returncode:
+        raise UserError("experiments need a git repository with a commit, where DVC keeps them; `make repro` does not")
+
+
+@contextmanager
+def restored(path: Path, *, always: bool) -> Iterator[None]:
+    """Puts a file back as it was unless the block ends well: DVC leaves the settings of a failed experiment in it.
+
+    `always` is for a trial, whose settings must not stay behind for the next training.
+    """
+    kept = path.read_bytes() if path.exists() else None
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if kept is None and (always or not done):
+            path.unlink(missing_ok=True)
+        elif kept is not None and (always or not done):
+            with fresh_file(path) as beside:
+                beside.write_bytes(kept)
+
+
+def dvc(arguments: list[str]) -> int:
+    """DVC's exit code. What stops this process stops the stage alone: DVC then ends by itself, its files in order."""
+    command = [sys.executable, "-m", "dvc", *arguments]
+    process = subprocess.Popen(command, env=_environment(), process_group=0)
+    try:
+        return process.wait()
+    except SystemExit:
+        os.killpg(process.pid, signal.SIGINT)  # which DVC leaves to the stage that it runs
+        process.wait()
+        raise
 
 
 def words(overrides: dict[str, Any]) -> list[str]:
@@ -87,35 +127,6 @@ def _hydra(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(_hydra(item) for item in value)}]"
     return json.dumps(value)
-
-
-@contextmanager
-def _restored(path: Path, *, always: bool) -> Iterator[None]:
-    """Puts a file back as it was unless the block ends well: DVC leaves the settings of a failed experiment in it.
-
-    `always` is for a trial, whose settings must not stay behind for the next training.
-    """
-    kept = path.read_bytes()
-    done = False
-    try:
-        yield
-        done = True
-    finally:
-        if always or not done:
-            with fresh_file(path) as beside:
-                beside.write_bytes(kept)
-
-
-def _dvc(arguments: list[str]) -> int:
-    """DVC's exit code. What stops this process stops the stage alone: DVC then ends by itself, its files in order."""
-    command = [sys.executable, "-m", "dvc", *arguments]
-    process = subprocess.Popen(command, env=_environment(), process_group=0)
-    try:
-        return process.wait()
-    except SystemExit:
-        os.killpg(process.pid, signal.SIGINT)  # which DVC leaves to the stage that it runs
-        process.wait()
-        raise
 
 
 def _environment() -> dict[str, str]:

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
+PARENT = "THAW_PARENT_RUN"
+"""Environment variable with the id of the run that new runs are children of."""
+PARENT_TAG = "mlflow.parentRunId"
 SEND_EVERY = 5.0
 """Seconds between two batches of metric points."""
 BATCH = 200
@@ -122,13 +125,16 @@ class Run:
     def start(cls, *, experiment: str, name: str, tags: Mapping[str, str], spool: Path) -> "Run":
         """A new run, RUNNING. `spool` is the file that its metric points pass through.
 
+        It is a child of the run that the environment variable THAW_PARENT_RUN names, if any.
+
         Raises:
             UserError: the store cannot be reached or used; nothing has been trained yet.
         """
         try:
             client = _client()
             experiment_id = _experiment(client, experiment)
-            run = client.create_run(experiment_id, tags=dict(tags), run_name=name)
+            parent = {PARENT_TAG: os.environ[PARENT]} if os.environ.get(PARENT) else {}
+            run = client.create_run(experiment_id, tags={**tags, **parent}, run_name=name)
         except _failures() as error:
             _refuse(error)
         return cls(client, run, spool=spool)

@@ -72,7 +72,7 @@ def test_without_a_commit_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     shutil.copy(PARAMS, tmp_path)
-    with pytest.raises(UserError, match="needs a git repository with a commit"):
+    with pytest.raises(UserError, match="experiments need a git repository with a commit"):
         experiment.run(model="scratch/lenet5", epochs=None, settings=[])
 
 

@@ -5,7 +5,7 @@ as objects, without pyplot, so that nothing is left open and no display is looke
 as they are, `$` included, and never read as mathematics.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +142,87 @@ def grid(pictures: Sequence[npt.NDArray[np.uint8]], titles: Sequence[str], path:
             _cut(title, int((cell - gap) / (LETTER * size))), fontsize=size, color=INK, pad=3, parse_math=False
         )
     return _save(figure, path)
+
+
+def groups(values: Mapping[str, Sequence[float]], path: Path, *, label: str) -> Path:
+    """A row per group: each value a dot, and their mean a line. The axis need not begin at zero.
+
+    Args:
+        values: one or more per group, by the group's name; drawn from the top.
+        path: where the PNG goes; returned.
+        label: of the axis of values.
+    """
+    figure = Figure(figsize=(0.75 * WIDTH, 1.2 + 0.45 * len(values)), dpi=DPI)
+    figure.set_layout_engine("constrained", w_pad=MARGIN, h_pad=MARGIN)
+    axes = figure.subplots()
+    for row, found in enumerate(values.values()):
+        axes.plot(found, [row] * len(found), linestyle="none", marker="o", markersize=7, color=VAL, alpha=0.6)
+        axes.plot([np.mean(found)] * 2, [row - 0.3, row + 0.3], color=INK, linewidth=2)
+    _plain(axes)
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
+    axes.set_yticks(range(len(values)), list(values))
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    axes.set_xlabel(f"{label} (dots: seeds; line: mean)", fontsize=12)
+    return _save(figure, path)
+
+
+def series(
+    lines: Mapping[str, Sequence[tuple[float, Sequence[float]]]], path: Path, *, x_label: str, label: str
+) -> Path:
+    """A line a series through the means, with every value as a dot, over a logarithmic axis.
+
+    Args:
+        lines: by name, the values at each place of the axis.
+        path: where the PNG goes; returned.
+        x_label: of the axis of places.
+        label: of the axis of values.
+    """
+    figure = Figure(figsize=(0.75 * WIDTH, 4.6), dpi=DPI)
+    figure.set_layout_engine("constrained", w_pad=MARGIN, h_pad=MARGIN)
+    axes = figure.subplots()
+    for name, colour, points in zip(lines, _colours(len(lines)), lines.values(), strict=True):
+        places = [x for x, _ in points]
+        axes.plot(places, [np.mean(found) for _, found in points], color=colour, linewidth=2, label=name)
+        for x, found in points:
+            axes.plot([x] * len(found), found, linestyle="none", marker="o", markersize=6, color=colour, alpha=0.6)
+    _plain(axes)
+    axes.set_xscale("log")
+    every = sorted({x for points in lines.values() for x, _ in points})
+    axes.set_xticks(every, [f"{x:g}" for x in every])
+    axes.minorticks_off()
+    axes.set_xlabel(x_label, fontsize=12)
+    axes.set_ylabel(f"{label} (dots: seeds; line: mean)", fontsize=12)
+    axes.legend(fontsize=11, frameon=False)
+    return _save(figure, path)
+
+
+def by_depth(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path, *, label: str) -> Path:
+    """A panel each, with a line of positive values over the layers of a net, the input on the left.
+
+    Args:
+        panels: by title, then by the net's name, a value per layer; nets may differ in depth.
+        path: where the PNG goes; returned.
+        label: of the axis of values, which is logarithmic.
+    """
+    figure = Figure(figsize=(WIDTH, 4.4), dpi=DPI)
+    figure.set_layout_engine("constrained", w_pad=MARGIN, h_pad=MARGIN)
+    drawn = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, nets) in zip(drawn, panels.items(), strict=True):
+        for (name, values), colour in zip(nets.items(), _colours(len(nets)), strict=True):
+            axes.plot(np.linspace(0, 1, len(values)), values, color=colour, linewidth=1.6, label=name)
+        _plain(axes)
+        axes.set_yscale("log")
+        axes.set_title(title, fontsize=12, color=INK)
+        axes.set_xlabel("place in the net: 0 first layer, 1 classifier", fontsize=12)
+    drawn[0].set_ylabel(label, fontsize=12)
+    drawn[0].legend(fontsize=11, frameon=False)
+    return _save(figure, path)
+
+
+def _colours(count: int) -> list[str]:
+    """Okabe and Ito's palette, again from its start where there are more lines than colours."""
+    palette = (VAL, TRAIN, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", INK)
+    return [palette[index % len(palette)] for index in range(count)]
 
 
 def _phases(rows: pd.DataFrame, panels: Sequence[Axes]) -> None:

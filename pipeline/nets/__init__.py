@@ -36,6 +36,8 @@ _FAMILIES = {
     "senet": "se_resnet50 senet154",
     "efficientnet": "efficientnet_b0 efficientnet_b1 efficientnet_b2 efficientnet_b3 "
     "efficientnet_b4 efficientnet_b5 efficientnet_b6 efficientnet_b7",
+    "ablation": "ablation_conv ablation_conv_no_bn ablation_separable ablation_stack_3x3 ablation_kernel_7x7 "
+    "ablation_inception ablation_inception_naive ablation_inception_aux ablation_residual ablation_residual_se",
 }
 """Each file of this folder, in the order of the papers, with its nets. A net is a function of its name there: it takes
 num_classes, in_chans and drop_rate, keyword-only, and whichever of drop_path_rate, stem and recompute the family has.

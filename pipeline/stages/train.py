@@ -156,6 +156,10 @@ def _write(
         shutil.copyfile(outcomes[-1].last, folder / "last.ckpt")
         record.write(folder)
         plots.curves(rows, folder / "curves.png")
+        if config.train.gradient_norms:
+            gradients = pd.DataFrame([row for o in outcomes for row in o.gradients])
+            metrics.write_csv(gradients, folder / "gradients.csv")
+            run.log_artifact(folder / "gradients.csv", folder="train")
         pixels = _first_batch(config, store, card, folder / "first_batch.png")
         for name in ("model.safetensors", "best.ckpt", "curves.png", "first_batch.png"):
             run.log_artifact(folder / name, folder="train")

@@ -22,6 +22,7 @@ from pipeline.config import TrainParams
 from pipeline.data.datamodule import PictureData
 from pipeline.errors import UserError
 from pipeline.training.classifier import Classifier
+from pipeline.training.gradients import GradientNorms
 
 LOG_EVERY = 10
 """Optimiser steps between two points of the learning rate and the step's loss."""
@@ -49,6 +50,8 @@ class Outcome:
     """Of the best epoch: its number, counting on across phases."""
     steps: int
     """Optimiser steps of this phase."""
+    gradients: list[dict[str, Any]]
+    """Rows of GradientNorms, where train.gradient_norms asks for them."""
 
 
 class Recorder(L.Callback):
@@ -109,7 +112,8 @@ def fit(
         enable_version_counter=False,
     )
     recorder = Recorder(phase=module.phase.name, first_epoch=first_epoch, first_step=first_step, log=log)
-    callbacks = [best, recorder, *_optional_callbacks(params)]
+    norms = GradientNorms(first_epoch=first_epoch)
+    callbacks = [best, recorder, *([norms] if params.gradient_norms else []), *_optional_callbacks(params)]
     if first_step == 0 and rank() == 0:
         print(ModelSummary(module, max_depth=2))
     trainer = _trainer(params, epochs=module.phase.epochs, callbacks=callbacks)
@@ -134,6 +138,7 @@ def fit(
         last=Path(best.last_model_path),
         best_epoch=first_epoch + state["epoch"] + 1,
         steps=trainer.global_step,
+        gradients=norms.rows,
     )
 
 
