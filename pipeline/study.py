@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -118,14 +120,15 @@ def read(name: str) -> Study:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: {place + ': ' if place else ''}{first['msg']}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{path}: {place + ': ' if place else ''}{message}") from None
 
 
 def run(name: str, *, size: Size, variants: list[str] | None = None) -> None:
     """Trains a study's runs that are not in DVC's cache, and writes results, table and plot.
 
-    params.yaml and dvc.lock are afterwards as they were. `variants` limits the runs, and then nothing is written but
-    MLflow's runs and DVC's experiments.
+    params.yaml, dvc.lock and the files that all nets share are afterwards as they were. `variants` limits the runs, and
+    then nothing is written but MLflow's runs and DVC's experiments.
 
     Raises:
         UserError: the study or one of its settings is wrong, or there is no git repository for DVC's experiments.
@@ -141,8 +144,7 @@ def run(name: str, *, size: Size, variants: list[str] | None = None) -> None:
     experiment.check_repository()
     parent = _parent(name, study, size=size, where=wanted[0].tracking.experiment)
     results = []
-    os.environ[tracking.PARENT] = parent.id
-    with tracking.ending(parent):
+    with tracking.ending(parent), _as_parent(parent):
         for number, ((variant, seed, overrides), settings) in enumerate(zip(plans, wanted, strict=True), start=1):
             print(f"== {name}, {variant}, seed {seed}: run {number} of {len(plans)}", flush=True)
             label = f"{name}-{size}-{variant}-{seed}".replace("/", "-")
@@ -206,10 +208,22 @@ def _parent(name: str, study: Study, *, size: Size, where: str) -> tracking.Run:
     return parent
 
 
+@contextmanager
+def _as_parent(run: tracking.Run) -> Iterator[None]:
+    """Runs that the block's stages start are children of this one."""
+    os.environ[tracking.PARENT] = run.id
+    try:
+        yield
+    finally:
+        del os.environ[tracking.PARENT]
+
+
 def _one(label: str, variant: str, seed: int, overrides: Settings, wanted: Config) -> Result:
     """One run as a DVC experiment of its own, which takes the place of an earlier one of its name."""
-    # The file is rewritten rather than passed as -S, which merges a mapping such as the phases with what stands there.
-    with experiment.restored(paths.PARAMS, always=True), experiment.restored(Path("dvc.lock"), always=True):
+    with ExitStack() as stack:
+        for path in (paths.PARAMS, Path("dvc.lock"), paths.METRICS, paths.CURVES, paths.CONFUSION):
+            stack.enter_context(experiment.restored(path, always=True))
+        # Rewritten rather than passed as -S, which merges a mapping such as the phases with what stands there.
         config.write(overrides=overrides)
         if _exists(label):
             experiment.dvc(["exp", "remove", "--quiet", label])

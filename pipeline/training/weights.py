@@ -199,6 +199,8 @@ def renamed_for(net: "nn.Module", state: "Mapping[str, Tensor]") -> "dict[str, T
         name = key
         for pattern, replacement in () if key in own else pairs:
             name = re.sub(pattern, replacement, name)
+        if name in own and own[name].ndim == 2 and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
+            tensor = tensor.flatten(1)  # a linear layer written as a 1x1 convolution
         renamed[name] = tensor
     return renamed
 

@@ -20,6 +20,8 @@ CASES = {
     "googlenet": "torchvision/googlenet",
     **{f"resnet{depth}": f"torchvision/resnet{depth}" for depth in (18, 34, 50, 101, 152)},
     **{f"densenet{depth}": f"torchvision/densenet{depth}" for depth in (121, 161, 169, 201)},
+    "preact_resnet18": "timm/resnetv2_18",
+    "preact_resnet50": "timm/resnetv2_50",
     "resnext50_32x4d": "torchvision/resnext50_32x4d",
     "resnext101_32x8d": "torchvision/resnext101_32x8d",
     "se_resnet50": "timm/legacy_seresnet50",
@@ -27,7 +29,7 @@ CASES = {
     "mobilenet_v1": "timm/mobilenetv1_100",
     **{f"efficientnet_b{size}": f"torchvision/efficientnet_b{size}" for size in range(8)},
 }
-FAST = ("alexnet", "googlenet", "resnet18", "densenet121", "mobilenet_v1", "efficientnet_b0", "vgg11_bn")
+FAST = ("alexnet", "googlenet", "resnet18", "preact_resnet18", "densenet121", "mobilenet_v1", "efficientnet_b0")
 """One a family, as far as it is small; the others are left to `make test-all`."""
 
 
@@ -35,7 +37,9 @@ def reference(name: str) -> nn.Module:
     """A torchvision or timm net with random weights and no dropout or stochastic depth."""
     library, _, model = name.partition("/")
     if library == "timm":
-        return timm.create_model(model, drop_rate=0.0)
+        # silent residual branches would prove too little
+        silent = {"zero_init_last": False} if model.startswith("resnetv2") else {}
+        return timm.create_model(model, drop_rate=0.0, **silent)
     extra = {"aux_logits": True, "init_weights": False, "transform_input": False} if model == "googlenet" else {}
     net: nn.Module = torchvision.models.get_model(model, weights=None, **extra)
     return net
