@@ -52,6 +52,28 @@ def _study(args: argparse.Namespace) -> None:
         print("\n".join(f"{name:<12} {study.read(name).title}" for name in study.names()))
 
 
+def _restore(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from pipeline import config
+    from pipeline.training import restoring
+
+    params = config.load()
+    restoring.run(
+        dataset=params.data.name,
+        out=Path(args.out),
+        epochs=args.epochs,
+        batch_size=params.train.batch_size,
+        lr=args.lr,
+        px=params.px,
+        in_chans=params.model.in_chans,
+        seed=params.train.seed,
+        noise=args.noise,
+        hole=args.hole,
+        width=args.width,
+    )
+
+
 def _compare(args: argparse.Namespace) -> None:
     from pipeline import config
     from pipeline.analysis import compare
@@ -126,6 +148,20 @@ COMMANDS = {
             Argument("--name", "study to run: a folder of experiments/", default=""),
             Argument("--size", "small (20 minutes on two cores) or full (the paper's)", default="small"),
             Argument("--variants", "some of its variants alone; then no results are written", default=[], many=True),
+        ),
+    ),
+    "restore": Command(
+        "train a U-Net to restore damaged pictures, for the weights of its encoder",
+        _restore,
+        (
+            Argument("--epochs", "passes over the training pictures", type=int, default=20),
+            Argument("--lr", "peak learning rate", type=float, default=1e-3),
+            Argument(
+                "--noise", "standard deviation of the noise, as a share of the full scale", type=float, default=0.1
+            ),
+            Argument("--hole", "share of the picture that is blanked", type=float, default=0.2),
+            Argument("--width", "channels of the first level; scratch/unet_encoder has 64", type=int, default=64),
+            Argument("--out", "folder for the encoder's weights and the pictures", default="models/restored"),
         ),
     ),
     "predict": Command(

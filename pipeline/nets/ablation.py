@@ -123,8 +123,8 @@ class Ablation(nn.Module):
             min_px=MIN_PX,
             first_conv="stem.0",
             classifier="fc",
-            mean=(0.5,) * in_chans,
-            std=(0.25,) * in_chans,
+            mean=interface.CIFAR_MEAN,
+            std=interface.CIFAR_STD,
             auxiliary_classifiers=("auxiliary",) if auxiliary else (),
         )
         self.stem = (_conv if norm else _conv_no_bn)(in_chans, STEM)

@@ -59,15 +59,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.errors import UserError
 from pipeline.nets import interface
 
 MIN_PX = 29
 """With ImageNet's stem: the last map is then 1 x 1; one pixel less and the last transition has nothing to average."""
 CIFAR_STEM_MIN_PX = {4: 8, 3: 4}
 """With CIFAR's stem, by the number of dense blocks: the last map is then 1 x 1."""
-CIFAR_MEAN, CIFAR_STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-"""Near those of natural pictures."""
 BOTTLENECK = 4
 """A layer's 1x1 convolution gives this many times the growth rate."""
 
@@ -249,8 +246,7 @@ class DenseNet(nn.Module):
         self, name: str, *, num_classes: int, in_chans: int, drop_rate: float, stem: str, recompute: bool
     ) -> None:
         super().__init__()
-        if stem not in ("default", "cifar"):
-            raise UserError(f"scratch/{name} has no stem {stem!r}; set model.stem to default or cifar")
+        interface.check_stem(stem, name=name)
         growth, num_layers = _PLANS[name]
         keep_size, cifar_net = stem == "cifar", len(num_layers) == 3
         self.name = name
@@ -276,8 +272,8 @@ class DenseNet(nn.Module):
             min_px=self.min_px,
             first_conv="features.conv0",
             classifier="classifier",
-            mean=CIFAR_MEAN if cifar_net else interface.IMAGENET_MEAN,
-            std=CIFAR_STD if cifar_net else interface.IMAGENET_STD,
+            mean=interface.CIFAR_MEAN if cifar_net else interface.IMAGENET_MEAN,
+            std=interface.CIFAR_STD if cifar_net else interface.IMAGENET_STD,
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -9,6 +9,8 @@ from pipeline.errors import UserError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Per channel, of ImageNet's pictures in 0..1; what the published weights were trained with."""
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CIFAR_MEAN, CIFAR_STD = (0.5,) * 3, (0.25,) * 3
+"""Near those of small natural pictures."""
 
 
 def config(
@@ -50,6 +52,16 @@ def config(
         "auxiliary_classifiers": auxiliary_classifiers,
         "num_classes": num_classes,
     }
+
+
+def check_stem(stem: str, *, name: str) -> None:
+    """Refuses a stem that there is not.
+
+    Raises:
+        UserError: With the ones that there are.
+    """
+    if stem not in ("default", "cifar"):
+        raise UserError(f"scratch/{name} has no stem {stem!r}; set model.stem to default or cifar")
 
 
 def refuse_small(x: Tensor, *, min_px: int, name: str) -> None:

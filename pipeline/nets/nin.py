@@ -72,8 +72,8 @@ class NIN(nn.Module):
             first_conv="mlpconv1.0",
             classifier="classifier",
             # near those of natural pictures; the paper normalises the contrast of each and whitens them
-            mean=(0.5,) * 3,
-            std=(0.25,) * 3,
+            mean=interface.CIFAR_MEAN,
+            std=interface.CIFAR_STD,
         )
         self.mlpconv1 = _mlpconv(in_chans=in_chans, size=5, widths=(192, 160, 96))
         self.mlpconv2 = _mlpconv(in_chans=96, size=5, widths=(192, 192, 192))

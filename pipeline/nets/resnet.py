@@ -53,15 +53,12 @@ from typing import Any, Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
 from pipeline.nets import interface
 
 MIN_PX = 32
 """With ImageNet's stem: the last map is then 1 x 1. Below that, other stages too would see single pixels."""
 CIFAR_MIN_PX = 8
 """With CIFAR's stem: the last map is then 2 x 2 after three stages, 1 x 1 after four."""
-CIFAR_MEAN, CIFAR_STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-"""Near those of natural pictures; the paper subtracts CIFAR's mean, pixel by pixel."""
 
 Option = Literal["A", "B", "plain"]
 """The shortcut where the shape changes: zeros as the new channels, a 1x1 convolution, or no shortcuts at all."""
@@ -250,8 +247,7 @@ class ResNet(nn.Module):
 
     def __init__(self, name: str, *, num_classes: int, in_chans: int, drop_rate: float, stem: str) -> None:
         super().__init__()
-        if stem not in ("default", "cifar"):
-            raise UserError(f"scratch/{name} has no stem {stem!r}; set model.stem to default or cifar")
+        interface.check_stem(stem, name=name)
         plan = _PLANS[name]
         chans, keep_size, cifar_net = plan.stem_chans, stem == "cifar", len(plan.num_blocks) == 3
         self.name = name
@@ -280,8 +276,8 @@ class ResNet(nn.Module):
             min_px=self.min_px,
             first_conv="conv1",
             classifier="fc",
-            mean=CIFAR_MEAN if cifar_net else interface.IMAGENET_MEAN,
-            std=CIFAR_STD if cifar_net else interface.IMAGENET_STD,
+            mean=interface.CIFAR_MEAN if cifar_net else interface.IMAGENET_MEAN,
+            std=interface.CIFAR_STD if cifar_net else interface.IMAGENET_STD,
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -36,15 +36,12 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
 from pipeline.nets import interface
 
 MIN_PX = 32
 """With ImageNet's stem: the last map is then 1 x 1. Below that, other stages too would see single pixels."""
 CIFAR_MIN_PX = 8
 """With CIFAR's stem: the last map is then 2 x 2 after three stages, 1 x 1 after four."""
-CIFAR_MEAN, CIFAR_STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-"""Near those of natural pictures."""
 
 
 def resnext50_32x4d(*, num_classes: int, in_chans: int = 3, drop_rate: float = 0.0, stem: str = "default") -> nn.Module:
@@ -129,8 +126,7 @@ class ResNeXt(nn.Module):
 
     def __init__(self, name: str, *, num_classes: int, in_chans: int, drop_rate: float, stem: str) -> None:
         super().__init__()
-        if stem not in ("default", "cifar"):
-            raise UserError(f"scratch/{name} has no stem {stem!r}; set model.stem to default or cifar")
+        interface.check_stem(stem, name=name)
         plan = _PLANS[name]
         keep_size, cifar_net = stem == "cifar", len(plan.num_blocks) == 3
         self.name = name
@@ -159,8 +155,8 @@ class ResNeXt(nn.Module):
             min_px=self.min_px,
             first_conv="conv1",
             classifier="fc",
-            mean=CIFAR_MEAN if cifar_net else interface.IMAGENET_MEAN,
-            std=CIFAR_STD if cifar_net else interface.IMAGENET_STD,
+            mean=interface.CIFAR_MEAN if cifar_net else interface.IMAGENET_MEAN,
+            std=interface.CIFAR_STD if cifar_net else interface.IMAGENET_STD,
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

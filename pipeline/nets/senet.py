@@ -41,7 +41,6 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
 from pipeline.nets import interface
 
 MIN_PX = 32
@@ -64,8 +63,7 @@ def se_resnet50(*, num_classes: int, in_chans: int = 3, drop_rate: float = 0.0, 
     Raises:
         UserError: There is no such stem.
     """
-    if stem not in ("default", "cifar"):
-        raise UserError(f"scratch/se_resnet50 has no stem {stem!r}; set model.stem to default or cifar")
+    interface.check_stem(stem, name="se_resnet50")
     return SENet(
         "se_resnet50", num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, keep_size=stem == "cifar"
     )
