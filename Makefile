@@ -7,14 +7,14 @@ export DVC_NO_ANALYTICS := 1
 STAMP := $(VENV)/.lock-installed
 
 # A misspelt variable would be ignored, and the default trained.
-KNOWN := MODEL EPOCHS SET NAME SIZE SEARCH PORT PYTHON VENV
+KNOWN := MODEL EPOCHS SET NAME SIZE PX SEARCH PORT PYTHON VENV
 UNKNOWN := $(filter-out $(KNOWN) MAKEFLAGS MFLAGS,$(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$v)))
 ifneq ($(strip $(UNKNOWN)),)
 $(error $(UNKNOWN): no such variable; known: $(KNOWN))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-cpu repro train study test test-all lint format ui compare models lock clean
+.PHONY: help setup setup-cpu repro train study test test-all lint format ui compare models summary restore lock clean
 
 PIP := python -m pip install --disable-pip-version-check --quiet
 
@@ -87,6 +87,12 @@ compare: setup ## MLflow's runs as a table, best first
 
 models: setup ## the nets to be had [SEARCH='dense*']
 	@python -m pipeline models $(if $(SEARCH),--search '$(SEARCH)')
+
+summary: setup ## a net layer by layer: MODEL=scratch/vgg16 [PX=64]
+	@python -m pipeline summary '$(or $(MODEL),$(error name a net: make summary MODEL=scratch/vgg16))' $(if $(PX),--px $(PX))
+
+restore: setup ## train a U-Net to restore damaged pictures, for its encoder's weights [EPOCHS=20]
+	@python -m pipeline restore $(if $(EPOCHS),--epochs $(EPOCHS))
 
 lock: ## resolve requirements.lock anew (needs uv)
 	uv pip compile --universal --generate-hashes --python-version 3.11 --extra dev --no-annotate --no-header \

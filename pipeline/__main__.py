@@ -52,6 +52,20 @@ def _study(args: argparse.Namespace) -> None:
         print("\n".join(f"{name:<12} {study.read(name).title}" for name in study.names()))
 
 
+def _summary(args: argparse.Namespace) -> None:
+    from pipeline.analysis import summary
+
+    summary.run(
+        args.names,
+        px=args.px,
+        in_chans=args.in_chans,
+        num_classes=args.num_classes,
+        format=args.format,
+        compare=args.compare,
+        batch=args.batch,
+    )
+
+
 def _restore(args: argparse.Namespace) -> None:
     from pathlib import Path
 
@@ -139,6 +153,19 @@ COMMANDS = {
             Argument("--model", "net to train, in place of model.name", default=""),
             Argument("--epochs", "epochs of the last phase, in place of the file's", type=int),
             Argument("--set", "further parameters, as section.key=value", default=[], many=True),
+        ),
+    ),
+    "summary": Command(
+        "a net layer by layer: sizes, parameters, multiply-adds, memory; or nets side by side",
+        _summary,
+        (
+            Argument("names", "nets, as `models` lists them", many=True),
+            Argument("--px", "side of the pictures, in place of each net's own", type=int),
+            Argument("--in-chans", "channels of the pictures", type=int, default=3),
+            Argument("--num-classes", "classes", type=int, default=1000),
+            Argument("--format", "table, json or html", default="table"),
+            Argument("--compare", "side by side, timed on this machine", type=bool, default=False),
+            Argument("--batch", "pictures a batch, when timing", type=int, default=4),
         ),
     ),
     "study": Command(

@@ -161,6 +161,8 @@ def groups(values: Mapping[str, Sequence[float]], path: Path, *, label: str) -> 
     _plain(axes)
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
     axes.set_yticks(range(len(values)), list(values))
+    for text in axes.get_yticklabels():
+        text.set_parse_math(False)
     axes.set_ylim(len(values) - 0.5, -0.5)
     axes.set_xlabel(f"{label} (dots: seeds; line: mean)", fontsize=12)
     return _save(figure, path)

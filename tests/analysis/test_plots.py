@@ -155,3 +155,27 @@ def test_grid_of_many_columns_stays_narrow(tmp_path: Path) -> None:
 def test_long_names_lose_their_middle() -> None:
     assert plots._cut("golden retriever 17", 11) == "golde…er 17"
     assert plots._cut("tench", 5) == "tench"
+
+
+def test_groups_show_every_seed_and_the_mean(tmp_path: Path) -> None:
+    path = plots.groups({"a": [1.0, 2.0, 3.0], "b $x": [9.0, 9.5, 10.0]}, tmp_path / "groups.png", label="error %")
+    taller = plots.groups({str(i): [1.0, 2.0] for i in range(12)}, tmp_path / "taller.png", label="error %")
+    assert pixels(taller).shape[0] > pixels(path).shape[0]
+    # the mean of the first is on the left, that of the second on the right, half-way up each
+    assert share(path, plots.INK, across=(0.15, 0.5), down=(0.1, 0.4)) > 0
+    assert share(path, plots.INK, across=(0.7, 1), down=(0.4, 0.7)) > 0
+
+
+def test_series_have_a_colour_each(tmp_path: Path) -> None:
+    lines = {"first": [(10.0, [5.0, 6.0]), (100.0, [3.0, 3.5])], "second": [(10.0, [9.0, 9.5]), (100.0, [4.0, 4.4])]}
+    path = plots.series(lines, tmp_path / "series.png", x_label="pictures", label="error %")
+    assert has(path, plots.VAL)
+    assert has(path, plots.TRAIN)
+
+
+def test_nets_of_different_depth_share_a_panel(tmp_path: Path) -> None:
+    nets = {"shallow": [1.0, 0.1], "deep": [1.0, 0.5, 0.01, 0.001]}
+    path = plots.by_depth({"first": nets, "last": nets}, tmp_path / "depth.png", label="norm")
+    for half in ((0, 0.5), (0.5, 1)):
+        assert share(path, plots.VAL, across=half) > 0
+        assert share(path, plots.TRAIN, across=half) > 0

@@ -90,6 +90,58 @@ def test_everything_moves_when_all_learns(pictures: Store, tmp_path: Path) -> No
     assert _moved(net, before) == set(before)
 
 
+def test_auxiliary_classifiers_learn_with_their_share_of_the_loss(pictures: Store, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net: Any = nets.build("scratch/ablation_inception_aux", num_classes=3)
+    before = _state(net)
+    module = Classifier(
+        net,
+        phase=Phase("phase", 1, "all", 0.01, "constant"),
+        num_classes=3,
+        px=PX,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        optimizer="sgd",
+        weight_decay=0.0,
+        label_smoothing=0.0,
+        channels_last=False,
+    )
+    module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
+    pixels, labels = torch.randint(0, 256, (4, 3, PX, PX), dtype=torch.uint8), torch.tensor([0, 1, 2, 0])
+    loss = module.training_step((pixels, labels), 0)
+    main, auxiliary = (
+        nn.functional.cross_entropy(logits, labels) for logits in net.forward_with_auxiliary(module.normalize(pixels))
+    )
+    torch.testing.assert_close(loss, main + 0.3 * auxiliary)
+    # what is reported is the main loss, as in validation
+    torch.testing.assert_close(module.train_loss.compute(), main)
+    _fit(net, pictures, tmp_path, trainable="all")
+    assert {"auxiliary.weight", "auxiliary.bias"} <= _moved(net, before)
+
+
+def test_auxiliary_classifiers_cost_nothing_while_they_are_frozen(
+    pictures: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net: Any = nets.build("scratch/ablation_inception_aux", num_classes=3)
+    monkeypatch.setattr(net, "forward_with_auxiliary", None)  # a call would fail
+    before = _state(net)
+    _fit(net, pictures, tmp_path, trainable="head")
+    assert _moved(net, before) == {"fc.weight", "fc.bias"}
+
+
+def test_gradient_norms_are_noted_once_an_epoch(pictures: Store, tmp_path: Path) -> None:
+    outcome = _fit(
+        nets.build("scratch/resnet20", num_classes=3),
+        pictures,
+        tmp_path,
+        trainable="all",
+        **{"train.gradient_norms": True},
+    )
+    assert [(row["epoch"], row["depth"]) for row in outcome.gradients] == [(e, d) for e in (4, 5) for d in range(20)]
+    assert all(row["norm"] > 0 for row in outcome.gradients)
+    assert outcome.gradients[0]["layer"] == "conv1"
+
+
 def test_the_net_ends_with_the_best_epochs_weights_and_the_rows_count_on(pictures: Store, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = nets.build("scratch/resnet20", num_classes=3)

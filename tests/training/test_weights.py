@@ -208,3 +208,33 @@ def test_one_channel_weights_do_not_fit_a_three_channel_net() -> None:
     source = build("scratch/lenet5", in_chans=1).state_dict()
     with pytest.raises(UserError, match=r"of another shape: c1.weight \(6, 1, 5, 5\) in place of \(6, 3, 5, 5\)$"):
         load_pretrained(build("scratch/lenet5"), source)
+
+
+def test_a_reference_s_names_are_read_as_the_net_s_own() -> None:
+    net = build("scratch/resnet20")
+    state = {f"theirs.{key}": tensor for key, tensor in build("scratch/resnet20", seed=1).state_dict().items()}
+    with pytest.raises(UserError, match=r"missing: conv1\.weight"):
+        load_pretrained(net, state)
+    net.reference_renames = ((r"^theirs\.", ""),)
+    state["theirs.fc.weight"] = state["theirs.fc.weight"][..., None, None]  # a linear layer as a 1x1 convolution
+    load_pretrained(net, state)
+    for key, tensor in net.state_dict().items():
+        assert torch.equal(tensor, state[f"theirs.{key}"].reshape(tensor.shape))
+
+
+def test_auxiliary_classifiers_of_other_classes_start_at_zero_too() -> None:
+    state = build("scratch/ablation_inception_aux", num_classes=10, seed=1).state_dict()
+    net = build("scratch/ablation_inception_aux")
+    load_pretrained(net, state)
+    assert not net.auxiliary.weight.any()
+    assert not net.fc.weight.any()
+    assert torch.equal(net.stem[0].weight, state["stem.0.weight"])
+
+
+def test_a_model_with_another_stem_loads_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nets.build("scratch/resnet18", num_classes=3, in_chans=1, stem="cifar")
+    save_model(tmp_path / "model.safetensors", net, replace(CARD, name="scratch/resnet18", stem="cifar"))
+    loaded, _ = load_model(tmp_path / "model.safetensors")
+    x = pictures("", 1)
+    assert torch.equal(loaded(x), net.eval()(x))
