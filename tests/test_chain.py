@@ -420,3 +420,64 @@ def test_a_loss_that_is_not_a_number_is_the_users_to_mend_and_not_recorded(faili
     assert "nan.pth" not in json.dumps(locked["train"])
     assert not failing.files(f"models/{FIRST}/train")
     assert _runs(failing)[0].status == "FAILED"
+
+
+STUDY = """
+title: Two small nets
+source: nobody
+question: Which?
+measure: test_error
+seeds: [0, 1, 2]
+settings: {data.name: digits, augment.px: 32, augment.train_size: 300, tracking.log_model: false}
+sizes:
+  small: {train.phases: {only: {epochs: 1, trainable: all, lr: 0.01, scheduler: constant}}}
+  full: {}
+variants:
+  lenet: {settings: {model.name: scratch/lenet5}}
+  separable: {settings: {model.name: scratch/ablation_separable, train.gradient_norms: true}}
+pairs: [[separable, lenet]]
+"""
+
+
+@pytest.mark.slow
+def test_a_study_is_a_group_of_experiments_under_one_run_and_repeats_from_the_cache(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    (project.folder / "experiments/tiny").mkdir()
+    (project.folder / "experiments/tiny/study.yaml").write_text(STUDY)
+    (project.folder / "docs/experiments.md").write_text("<!-- tiny: begin -->\n<!-- tiny: end -->\n")
+    before = project.files("params.yaml", "data")
+    first = _run(project, "make", "study", "NAME=tiny")
+    assert first.code == 0, first.output
+    assert project.files("params.yaml", "data").items() >= before.items()
+    assert not (project.folder / "dvc.lock").exists()
+    results = json.loads((project.folder / "experiments/tiny/results-small.json").read_text())
+    assert [(r["variant"], r["seed"]) for r in results] == [(v, s) for s in range(3) for v in ("lenet", "separable")]
+    assert len({r["test_error"] for r in results}) > 2
+    children = {row.id: row for row in _runs(project)}
+    (parent,) = (row for row in children.values() if "study" in row.tags)
+    assert {r["run"] for r in results} == set(children) - {parent.id}
+    assert {row.tags.get("mlflow.parentRunId") for row in children.values() if row is not parent} == {parent.id}
+    listed = project.run("dvc", "exp", "list", "--name-only").stdout.split()
+    assert {r["experiment"] for r in results} == set(listed)
+    assert "± " in (project.folder / "docs/experiments.md").read_text()
+
+    again = _run(project, "make", "study", "NAME=tiny")
+    assert again.code == 0, again.output
+    assert json.loads((project.folder / "experiments/tiny/results-small.json").read_text()) == results
+    assert len(_runs(project)) == len(children)  # nothing was trained, and the parent is the same
+
+
+@pytest.mark.slow
+def test_an_encoder_that_learnt_to_restore_is_fine_tuned(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    project.set({**SETTINGS, "augment.px": 16, "model.name": "scratch/unet_encoder", "train.phases.finetune.epochs": 1})
+    for command in (["dvc", "repro", "augment"], ["make", "restore", "EPOCHS=1"]):
+        done = _run(project, *command)
+        assert done.code == 0, done.output
+    weights_file = "models/restored/unet_encoder.safetensors"
+    done = _run(project, "make", "train", "MODEL=scratch/unet_encoder", f"SET=model.weights={weights_file}")
+    assert done.code == 0, done.output
+    assert "started from file weights" in done.output
+    restored = weights.read_state(project.folder / weights_file)
+    started = weights.read_state(project.folder / "models/pretrained/scratch/unet_encoder/weights.safetensors")
+    assert all(torch.equal(tensor, started[key]) for key, tensor in restored.items())

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline import config
+from pipeline import config, study
 from pipeline.__main__ import COMMANDS
 from pipeline.data.catalog import DATASETS
 from pipeline.data.transforms import TRANSFORMS
@@ -74,6 +74,10 @@ def test_the_readme_names_every_dataset_and_command() -> None:
     assert all(name in README for name in COMMANDS)
 
 
+def test_the_readme_names_every_study() -> None:
+    assert all(name in README for name in study.names())
+
+
 @pytest.mark.parametrize("text", [README, CONTRIBUTING, PARAMETERS])
 def test_what_the_documents_set_can_be_set(text: str) -> None:
     settings = re.findall(r"\b((?:data|augment|model|train|evaluate|tracking)\.[a-z_.]+=[^\s\"`]+)", text)
@@ -83,7 +87,7 @@ def test_what_the_documents_set_can_be_set(text: str) -> None:
 
 
 def test_every_file_that_the_documents_name_is_there() -> None:
-    for name in ("README.md", "CONTRIBUTING.md", "docs/parameters.md"):
+    for name in ("README.md", "CONTRIBUTING.md", "docs/parameters.md", "docs/summary.md", "docs/experiments.md"):
         path = ROOT / name
         for link in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", path.read_text()):
             assert (path.parent / link).exists(), f"{name}: {link}"
