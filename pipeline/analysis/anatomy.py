@@ -125,7 +125,9 @@ class Anatomy:
         """
         parts = [(row.name, row.kind, int(getattr(row, quantity))) for row in self.layers]
         if quantity == "parameters":
-            parts += [(part.name.rpartition(".")[0], "outside layers", part.parameters) for part in self.outside]
+            for part in self.outside:
+                kind = "outside layers" if part.used else "not used"
+                parts.append((part.name.rpartition(".")[0], kind, part.parameters))
         total = sum(value for _, _, value in parts)
         if by == "kind":
             return _ranked([(kind, value) for _, kind, value in parts], total=total)

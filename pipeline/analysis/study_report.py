@@ -1,10 +1,11 @@
 """What a study came to: a table, a plot, and its section of docs/experiments.md."""
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.analysis import plots, seeds
 from pipeline.errors import UserError
@@ -124,9 +125,14 @@ def _settings(study: "Study") -> str:
     keys = dict.fromkeys(key for settings in sizes for key in settings)
     lines = ["| parameter | small, as run here | full size: `SIZE=full` |", "| --- | --- | --- |"]
     for key in keys:
-        cells = [f"`{settings[key]}`" if key in settings else "as in params.yaml" for settings in sizes]
+        cells = [f"`{_plain(settings[key])}`" if key in settings else "as in params.yaml" for settings in sizes]
         lines.append(f"| `{key}` | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    """A value as params.yaml would have it, on one line."""
+    return json.dumps(value).replace('"', "")
 
 
 def _plot(study: "Study", results: "Sequence[Result]", path: Path) -> Path:

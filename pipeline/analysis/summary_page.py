@@ -18,7 +18,7 @@ th { position: sticky; top: 0; background: Canvas; }
 .function td { color: GrayText; }
 .differs td { background: #f806; }
 .last td { font-weight: 600; }
-.shares { display: flex; flex-wrap: wrap; gap: 1rem 3rem; }
+.shares { display: flex; flex-wrap: wrap; align-items: start; gap: 1rem 3rem; }
 .bar { display: inline-block; height: .8em; background: #48c; min-width: 1px; }
 .track { width: 12rem; text-align: left; }
 """
