@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
+from pipeline.nets import interface
 
 MIN_PX = 32
 
@@ -46,18 +46,17 @@ class LeNet5(nn.Module):
         self.num_classes = num_classes
         self.num_features = 120
         self.head_hidden_size = 84
-        self.pretrained_cfg: dict[str, Any] = {
-            "input_size": (in_chans, 32, 32),
-            "min_input_size": (in_chans, MIN_PX, MIN_PX),
+        self.pretrained_cfg: dict[str, Any] = interface.config(
+            in_chans=in_chans,
+            num_classes=num_classes,
+            px=32,
+            min_px=MIN_PX,
+            first_conv="c1",
+            classifier="output",
             # the paper's scale: background -0.1, foreground 1.175
-            "mean": (0.0784,) * in_chans,
-            "std": (0.7843,) * in_chans,
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "first_conv": "c1",
-            "classifier": "output",
-            "num_classes": num_classes,
-        }
+            mean=(0.0784,),
+            std=(0.7843,),
+        )
         self.c1 = nn.Conv2d(in_chans, 6, 5)
         self.s2 = nn.AvgPool2d(2)
         self.c3 = nn.Conv2d(6, 16, 5)
@@ -72,11 +71,7 @@ class LeNet5(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] to C5's [B, 120, h, w], 1 x 1 at 32 px."""
-        if min(x.shape[-2:]) < MIN_PX:
-            raise UserError(
-                f"scratch/lenet5 takes pictures of {MIN_PX} px or more, got {min(x.shape[-2:])};"
-                f" raise augment.px and train.px to {MIN_PX}"
-            )
+        interface.refuse_small(x, min_px=MIN_PX, name="lenet5")
         x_b6hw = self.s2(torch.tanh(self.c1(x)))
         x_b16hw = self.s4(torch.tanh(self.c3(x_b6hw)))
         return torch.tanh(self.c5(x_b16hw))
@@ -95,8 +90,7 @@ class LeNet5(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         self.num_classes = num_classes
-        weight = self.output.weight
-        self.output = nn.Linear(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
+        self.output = interface.like(self.output, num_classes=num_classes)
         _init(self.output)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
