@@ -88,10 +88,10 @@ class ModelParams(Params):
     """A file of weights for this net (.safetensors or .pth); the placeholder models/no-weights means none."""
     in_chans: Literal[1, 3] = 3
     """Channels that the net sees; grey pictures are repeated, colour ones turned to luma."""
-    drop_rate: float = Field(0.0, ge=0, lt=1)
-    """Dropout before the classifier, as a probability."""
-    drop_path_rate: float = Field(0.0, ge=0, lt=1)
-    """Stochastic depth, as the last block's probability, in nets that have it."""
+    drop_rate: Literal["auto"] | Annotated[float, Field(ge=0, lt=1)] = "auto"
+    """Dropout before the classifier, as a probability; auto for the net's own, 0 for none."""
+    drop_path_rate: Literal["auto"] | Annotated[float, Field(ge=0, lt=1)] = "auto"
+    """Stochastic depth, as the last block's probability, in nets that have it; auto for the net's own, 0 for none."""
     stem: Literal["default", "cifar"] = "default"
     """First layers: the net's own, or cifar for a 3x3 one that keeps small pictures whole, in nets that have it."""
     recompute: bool = False

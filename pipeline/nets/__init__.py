@@ -6,17 +6,20 @@ Importing this module, or listing `scratch_names`, loads neither torch nor timm.
 
 import difflib
 import fnmatch
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pipeline.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+Rate = float | Literal["auto"]
 DEFAULT_STEM = "default"
 _PREFIX = "scratch/"
-_LEFT_ALONE = {"drop_rate": 0, "drop_path_rate": 0, "stem": DEFAULT_STEM, "recompute": False}
+_LEFT_ALONE = {"drop_rate": "auto", "drop_path_rate": "auto", "stem": DEFAULT_STEM, "recompute": False}
 """Arguments of `build` that a net need not have, with the value that leaves a net as it is."""
 _FAMILIES = {
     "lenet": "lenet5",
@@ -79,13 +82,36 @@ class Net(Protocol):
         """Patterns for timm.models._manipulate.group_parameters, input side first; only the classifier matches none."""
 
 
+class AuxiliaryNet(Protocol):
+    """What a net with classifiers beside its last one has more, which learn along in training and cost nothing after.
+
+    Its pretrained_cfg has `auxiliary_classifiers`: the names of their last linear layers.
+    """
+
+    auxiliary_weight: float
+    """Share of each auxiliary loss in the whole."""
+
+    def auxiliary_heads(self) -> "list[nn.Module]":
+        """The modules that training alone uses, in the order of forward_with_auxiliary; may be none."""
+
+    def forward_with_auxiliary(self, x: "Tensor") -> "tuple[Tensor, ...]":
+        """Logits [B, num_classes], then those of each auxiliary head."""
+
+
+class ReferencedNet(Protocol):
+    """What a net has more whose reference in torchvision or timm names its weights otherwise."""
+
+    reference_renames: tuple[tuple[str, str], ...]
+    """Regular expressions and replacements, applied one after another, from the reference's names to the net's."""
+
+
 def build(
     name: str,
     *,
     num_classes: int,
     in_chans: int = 3,
-    drop_rate: float = 0.0,
-    drop_path_rate: float = 0.0,
+    drop_rate: Rate = "auto",
+    drop_path_rate: Rate = "auto",
     stem: str = DEFAULT_STEM,
     recompute: bool = False,
 ) -> "nn.Module":
@@ -95,8 +121,8 @@ def build(
         name: `scratch/NAME`, or timm's name with or without a tag of weights (`resnet50`, `resnet50.a1_in1k`).
         num_classes: Width of the logits.
         in_chans: Channels of the pictures.
-        drop_rate: Dropout before the classifier, probability; 0 leaves the net's own default.
-        drop_path_rate: Stochastic depth, probability at the last block; 0 leaves the net's own default.
+        drop_rate: Dropout before the classifier, probability; "auto" for the net's own.
+        drop_path_rate: Stochastic depth, probability at the last block; "auto" for the net's own.
         stem: "default", or "cifar" for a first layer that keeps the size of small pictures, in our nets that have it.
         recompute: Compute cheap layers again in the backward pass in place of keeping their outputs, in our DenseNets.
 
@@ -105,24 +131,28 @@ def build(
     """
     given = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate, "stem": stem, "recompute": recompute}
     optional: dict[str, Any] = {key: value for key, value in given.items() if value != _LEFT_ALONE[key]}
-    net: nn.Module
     check(name)
-    try:
-        if is_scratch(name):
-            bare = name.removeprefix(_PREFIX)
-            function = getattr(import_module(f"{__name__}.{_SCRATCH[bare]}"), bare)
-            net = function(num_classes=num_classes, in_chans=in_chans, **optional)
-        else:
-            import timm
+    construct: Callable[..., nn.Module]
+    if is_scratch(name):
+        bare = name.removeprefix(_PREFIX)
+        construct = getattr(import_module(f"{__name__}.{_SCRATCH[bare]}"), bare)
+    else:
+        import timm
 
-            net = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_chans, **optional)
+        construct = partial(timm.create_model, name, pretrained=False)
+    return _constructed(name, partial(construct, num_classes=num_classes, in_chans=in_chans), optional)
+
+
+def _constructed(name: str, construct: "Callable[..., nn.Module]", optional: dict[str, Any]) -> "nn.Module":
+    try:
+        return construct(**optional)
     except TypeError as error:
-        refused = [key for key in optional if f"unexpected keyword argument '{key}'" in str(error)]
+        refused = next((key for key in optional if f"unexpected keyword argument '{key}'" in str(error)), "")
         if not refused:
             raise
-        key = refused[0]
-        raise UserError(f"{name} takes no {key}; set model.{key}={str(_LEFT_ALONE[key]).lower()}") from None
-    return net
+    if optional[refused] != 0:  # a rate of 0 is what a net without it has anyway
+        raise UserError(f"{name} takes no {refused}; set model.{refused}={str(_LEFT_ALONE[refused]).lower()}")
+    return _constructed(name, construct, {key: value for key, value in optional.items() if key != refused})
 
 
 def check(name: str) -> None:
@@ -194,7 +224,7 @@ def check_px(net: "nn.Module", px: int, *, name: str) -> None:
     channels, side = expected["input_size"][:2]
     if expected["fixed_input_size"] and px != side:
         raise UserError(f"{name} takes pictures of {side} px only, got {px}; set augment.px={side} and train.px=auto")
-    if px < min_px(net):
+    if px < min_px(net) and not is_scratch(name):  # ours refuse by themselves, with what else would help
         raise UserError(f"{name} takes pictures of {min_px(net)} px or more, got {px}; raise augment.px and train.px")
     training = net.training
     try:

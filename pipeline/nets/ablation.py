@@ -16,9 +16,11 @@ Parameters and multiply-adds at 3 x 32 x 32 and 10 classes:
     ablation_residual          two 3x3 beside a shortcut                             691,674     101,106,944
     ablation_residual_se       the same with squeeze and excitation                  697,526     101,112,320
 
-Convolutions are initialised as by He et al., "Delving deep into rectifiers", 2015: normal, variance 2 / fan_out.
+Convolutions are initialised as by He et al., "Delving deep into rectifiers", 2015: normal, variance 2 / fan_out, where
+a depthwise kernel's fan_out is its own 9 weights.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -39,54 +41,82 @@ Block = Callable[[int, int], nn.Module]
 
 def ablation_conv(*, num_classes: int, in_chans: int = 3, drop_rate: float = 0.0) -> nn.Module:
     """A 3x3 convolution a block, with batch norm (Ioffe and Szegedy 2015)."""
-    return Ablation(_conv, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
+    return Ablation(_conv, name="ablation_conv", num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
 
 
 def ablation_conv_no_bn(*, num_classes: int, in_chans: int = 3, drop_rate: float = 0.0) -> nn.Module:
     """`ablation_conv` with biases in place of batch norms, in the stem too."""
-    return Ablation(_conv_no_bn, norm=False, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
+    return Ablation(
+        _conv_no_bn,
+        name="ablation_conv_no_bn",
+        norm=False,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        drop_rate=drop_rate,
+    )
 
 
 def ablation_separable(*, num_classes: int, in_chans: int = 3, drop_rate: float = 0.0) -> nn.Module:
     """`ablation_conv` with each convolution split in a depthwise and a pointwise one (Howard et al. 2017)."""
-    return Ablation(_separable, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
+    return Ablation(
+        _separable, name="ablation_separable", num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate
+    )
 
 
 def ablation_stack_3x3(*, num_classes: int, in_chans: int = 3, drop_rate: float = 0.0) -> nn.Module:
     """Three 3x3 convolutions a block (Simonyan and Zisserman 2014, section 2.3): 27 C^2 weights."""
-    return Ablation(_stack_3x3, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
+    return Ablation(
+        _stack_3x3, name="ablation_stack_3x3", num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate
+    )
 
 
 def ablation_kernel_7x7(*, num_classes: int, in_chans: int = 3, drop_rate: float = 0.0) -> nn.Module:
     """One 7x7 convolution a block, with the receptive field of `ablation_stack_3x3`: 49 C^2 weights."""
-    return Ablation(partial(_conv, kernel=7), num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
+    return Ablation(
+        partial(_conv, kernel=7),
+        name="ablation_kernel_7x7",
+        num_classes=num_classes,
+        in_chans=in_chans,
+        drop_rate=drop_rate,
+    )
 
 
 def ablation_inception(*, num_classes: int, in_chans: int = 3, drop_rate: float = 0.0) -> nn.Module:
     """Inception modules with 1x1 bottlenecks before the 3x3 and 5x5 (Szegedy et al. 2014, figure 2b)."""
-    return Ablation(Inception, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
+    return Ablation(
+        Inception, name="ablation_inception", num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate
+    )
 
 
 def ablation_inception_naive(*, num_classes: int, in_chans: int = 3, drop_rate: float = 0.0) -> nn.Module:
     """The same modules without the bottlenecks (figure 2a, but with the pool's projection, which fixes the width)."""
     naive = partial(Inception, bottleneck=False)
-    return Ablation(naive, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
+    return Ablation(
+        naive, name="ablation_inception_naive", num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate
+    )
 
 
 def ablation_inception_aux(*, num_classes: int, in_chans: int = 3, drop_rate: float = 0.0) -> nn.Module:
     """`ablation_inception` with an auxiliary classifier after the second stage, in training only."""
-    return Ablation(Inception, auxiliary=True, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
+    return Ablation(
+        Inception,
+        name="ablation_inception_aux",
+        auxiliary=True,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        drop_rate=drop_rate,
+    )
 
 
 def ablation_residual(*, num_classes: int, in_chans: int = 3, drop_rate: float = 0.0) -> nn.Module:
     """Basic residual blocks (He et al. 2015)."""
-    return Ablation(Residual, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
+    return Ablation(Residual, name="ablation_residual", num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
 
 
 def ablation_residual_se(*, num_classes: int, in_chans: int = 3, drop_rate: float = 0.0) -> nn.Module:
     """`ablation_residual` with squeeze and excitation, reduction 16, on each residual (Hu et al. 2017)."""
     se = partial(Residual, squeeze=True)
-    return Ablation(se, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
+    return Ablation(se, name="ablation_residual_se", num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
 
 
 class Ablation(nn.Module):
@@ -94,6 +124,7 @@ class Ablation(nn.Module):
 
     Args:
         block: What the net is made of.
+        name: Of the net, for the refusal of a small picture.
         num_classes: Width of the logits.
         in_chans: Channels of the pictures.
         drop_rate: Dropout before the classifier.
@@ -107,6 +138,7 @@ class Ablation(nn.Module):
         self,
         block: Block,
         *,
+        name: str,
         num_classes: int,
         in_chans: int,
         drop_rate: float,
@@ -114,6 +146,7 @@ class Ablation(nn.Module):
         auxiliary: bool = False,
     ) -> None:
         super().__init__()
+        self.name = name
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = WIDTHS[-1]
         self.pretrained_cfg: dict[str, Any] = interface.config(
@@ -127,6 +160,10 @@ class Ablation(nn.Module):
             std=interface.CIFAR_STD,
             auxiliary_classifiers=("auxiliary",) if auxiliary else (),
         )
+        self.feature_info = [
+            interface.level(f"stage{number}", num_chs=width, reduction=2 ** (number - 1))
+            for number, width in enumerate(WIDTHS, start=1)
+        ]
         self.stem = (_conv if norm else _conv_no_bn)(in_chans, STEM)
         first, second, third = WIDTHS
         self.stage1 = nn.Sequential(block(STEM, first), block(first, first))
@@ -139,7 +176,9 @@ class Ablation(nn.Module):
         self.fc = nn.Linear(third, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                # torch's own fan_out leaves groups out of account
+                fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
@@ -150,7 +189,7 @@ class Ablation(nn.Module):
 
     def _middle(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] to the second stage's [B, 64, H // 2, W // 2]."""
-        interface.refuse_small(x, min_px=MIN_PX, name="ablation_*")
+        interface.refuse_small(x, min_px=MIN_PX, name=self.name)
         middle: Tensor = self.stage2(self.pool(self.stage1(self.stem(x))))
         return middle
 

@@ -136,6 +136,7 @@ class AlexNet(nn.Module):
             classifier=f"classifier.{self.last}",
         )
         self.features = features
+        self.feature_info = interface.levels_of_sequence(features, name="features")
         self.avgpool = nn.AdaptiveAvgPool2d(6)
         self.classifier = classifier
         self.head_drop = nn.Dropout(head_drop_rate)

@@ -125,6 +125,7 @@ class ChatfieldNet(nn.Module):
             classifier="full8",
         )
         self.features = features
+        self.feature_info = interface.levels_of_sequence(features, name="features")
         self.avgpool = nn.AdaptiveAvgPool2d(6)
         self.full6 = nn.Linear(self.num_features * 6 * 6, 4096)
         self.full6_drop = nn.Dropout(drop_rate)

@@ -253,14 +253,20 @@ class DenseNet(nn.Module):
         self.min_px = CIFAR_STEM_MIN_PX[len(num_layers)] if keep_size else MIN_PX
         self.features = _stem(in_chans, chans=2 * growth, keep_size=keep_size, activates=not cifar_net)
         chans = 2 * growth
+        self.feature_info = [] if keep_size else [interface.level("features.relu0", num_chs=chans, reduction=2)]
+        reduction = 1 if keep_size else 4
         for number, num in enumerate(num_layers, start=1):
             block = DenseBlock(chans, num_layers=num, growth=growth, recompute=recompute)
             self.features.add_module(f"denseblock{number}", block)
             chans += num * growth
+            last = "relu5" if number == len(num_layers) else f"denseblock{number}"
+            self.feature_info.append(interface.level(f"features.{last}", num_chs=chans, reduction=reduction))
+            reduction *= 2
             if number < len(num_layers):
                 self.features.add_module(f"transition{number}", Transition(chans))
                 chans //= 2
         self.features.add_module("norm5", nn.BatchNorm2d(chans))
+        self.features.add_module("relu5", nn.ReLU())
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = chans
         self.head_drop = nn.Dropout(drop_rate)
@@ -283,8 +289,9 @@ class DenseNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] to the last activation, [B, num_features, h, w]: a 32nd of the side, an 8th with the
         CIFAR stem, a quarter with three blocks; rounded down by the transitions."""
-        interface.refuse_small(x, min_px=self.min_px, name=self.name)
-        return F.relu(self.features(x))
+        interface.refuse_small(x, min_px=self.min_px, name=self.name, cifar_stem=self.min_px == MIN_PX)
+        features_bchw: Tensor = self.features(x)
+        return features_bchw
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """[B, num_features, h, w] to logits [B, num_classes], or to the average over h and w, [B, num_features]."""

@@ -32,8 +32,8 @@ The family, with the paper's own figures on ImageNet's validation split:
 
 What differs from the paper's code, as in torchvision, whose weights fit: maps are padded alike on all sides (TensorFlow
 pads what is left over at the right and below, and timm's `tf_` nets do as it), and B0 .. B4 have torch's batch norm
-(eps 1e-5) in place of eps 1e-3. Weights of timm's nets of the same names fit too, with a small error in B5 .. B7, where
-timm keeps eps 1e-5.
+(eps 1e-5, momentum 0.1) in place of eps 1e-3 and momentum 0.01. Weights of timm's nets of the same names fit too,
+with a small error in B5 .. B7, where timm keeps eps 1e-5.
 """
 
 import math
@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from pipeline.nets import interface
 
 MIN_PX = 32
-"""The last map is then a pixel; below, the last strides would have nothing left to halve."""
+"""Five strides take 32 pixels to one. A choice: less can be computed, but the last maps would be all border."""
 DROP_PATH_RATE = 0.2
 """Stochastic depth, as the paper's code sets it for every size (section 5.2: survival probability 0.8)."""
 
@@ -307,6 +307,14 @@ class EfficientNet(nn.Module):
             first_conv="features.0.0",
             classifier="classifier.1",
         )
+        # the stages before a stride; the last two share the size of features.8
+        self.feature_info = [
+            interface.level(
+                f"features.{number}", num_chs=_width(STAGES[number - 1].out_chans, scale=scale), reduction=reduction
+            )
+            for number, reduction in ((1, 2), (2, 4), (3, 8), (5, 16))
+        ]
+        self.feature_info.append(interface.level("features.8", num_chs=self.num_features, reduction=32))
         self._name = f"efficientnet_{size}"
         stem_chans = _width(STEM_CHANS, scale=scale)
         last_chans = _width(STAGES[-1].out_chans, scale=scale)

@@ -2,7 +2,8 @@
 
 It showed that a layer may be a small network: an inception module looks at its map with kernels of several sizes at
 once and sets the answers side by side, and 1x1 convolutions before the wide kernels keep that cheap. With no large
-linear layers at its end, the net has 12 times fewer parameters than AlexNet, at twice the depth.
+linear layers at its end, the net has about 9 times fewer parameters than AlexNet (the paper says 12) at nearly three
+times the depth.
 
                                                        googlenet                     googlenet_paper
                                  output      parameters   multiply-adds      parameters   multiply-adds
@@ -30,7 +31,7 @@ linear layers at its end, the net has 12 times fewer parameters than AlexNet, at
                                                                        at 3 x 224 x 224 and 1000 classes
 
 `googlenet_paper` is the paper's net: 5x5 kernels, biases, local response norms around the first convolutions. What
-differs: the paper's auxiliary classifiers pool 5x5 with stride 3, which gives 4 x 4 at 224 px only; here 4 x 4 cells
+differs: the paper's auxiliary classifiers pool 5x5 with stride 3, which gives 4 x 4 near 224 px only; here 4 x 4 cells
 are averaged, whatever the size. `googlenet` is torchvision's, so that its published weights fit: batch norm (Ioffe
 and Szegedy 2015) in place of biases and response norms, 3x3 kernels where the paper has 5x5, and a last pool of 2x2
 in place of 3x3. With its weights torchvision's rescales the colours within the net (`transform_input`) to a mean and
@@ -177,6 +178,13 @@ class GoogLeNet(nn.Module):
             std=(0.5,) * 3 if batch_norm else interface.IMAGENET_STD,
             auxiliary_classifiers=("aux1.fc2", "aux2.fc2"),
         )
+        self.feature_info = [
+            interface.level("conv1", num_chs=64, reduction=2),
+            interface.level("norm2", num_chs=192, reduction=4),
+            interface.level("inception3b", num_chs=480, reduction=8),
+            interface.level("inception4e", num_chs=832, reduction=16),
+            interface.level("inception5b", num_chs=1024, reduction=32),
+        ]
         self._name, self._batch_norm, self._min_px = name, batch_norm, min_px
         conv = partial(Conv, batch_norm=batch_norm)
         inception = partial(Inception, kernel=kernel, batch_norm=batch_norm)

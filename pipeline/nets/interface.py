@@ -54,6 +54,39 @@ def config(
     }
 
 
+def level(module: str, *, num_chs: int, reduction: int, entering: bool = False) -> dict[str, Any]:
+    """An entry of a net's `feature_info`, with timm's keys.
+
+    Args:
+        module: Name of the module that gives the last map of this resolution.
+        num_chs: Channels of that map.
+        reduction: Product of the strides up to it: pixels of the picture from one of its pixels to the next.
+        entering: Whether the map is what enters the module, in place of what it gives.
+    """
+    found: dict[str, Any] = {"num_chs": num_chs, "reduction": reduction, "module": module}
+    return found | {"hook_type": "forward_pre"} if entering else found
+
+
+def levels_of_sequence(layers: nn.Sequential, *, name: str) -> list[dict[str, Any]]:
+    """The `feature_info` of a net that is one sequence of layers: a level ends before each layer that strides, the last
+    with the sequence.
+
+    Args:
+        layers: The sequence; its convolutions and max pools may stride.
+        name: Of the sequence within the net.
+    """
+    found: list[dict[str, Any]] = []
+    chans, reduction = 0, 1
+    for index, layer in enumerate(layers):
+        stride = getattr(layer, "stride", 1)
+        stride = stride[0] if isinstance(stride, tuple) else stride
+        if stride > 1 and index > 0:
+            found.append(level(f"{name}.{index - 1}", num_chs=chans, reduction=reduction))
+        reduction *= stride
+        chans = layer.out_channels if isinstance(layer, nn.Conv2d) else chans
+    return [*found, level(f"{name}.{len(layers) - 1}", num_chs=chans, reduction=reduction)]
+
+
 def check_stem(stem: str, *, name: str) -> None:
     """Refuses a stem that there is not.
 
@@ -64,16 +97,17 @@ def check_stem(stem: str, *, name: str) -> None:
         raise UserError(f"scratch/{name} has no stem {stem!r}; set model.stem to default or cifar")
 
 
-def refuse_small(x: Tensor, *, min_px: int, name: str) -> None:
+def refuse_small(x: Tensor, *, min_px: int, name: str, cifar_stem: bool = False) -> None:
     """Refuses pictures [B, C, H, W] with a side below `min_px`.
 
     Raises:
-        UserError: With the side to set.
+        UserError: With the side to set, and the stem where `cifar_stem` says that another would help.
     """
     px = min(x.shape[-2:])
     if px < min_px:
         raise UserError(
             f"scratch/{name} takes pictures of {min_px} px or more, got {px}; raise augment.px and train.px to {min_px}"
+            f"{', or set model.stem=cifar' if cifar_stem else ''}"
         )
 
 

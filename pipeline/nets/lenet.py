@@ -57,6 +57,11 @@ class LeNet5(nn.Module):
             mean=(0.0784,),
             std=(0.7843,),
         )
+        self.feature_info = [
+            interface.level("s2", num_chs=6, reduction=1, entering=True),
+            interface.level("s4", num_chs=16, reduction=2, entering=True),
+            interface.level("pool", num_chs=120, reduction=4, entering=True),
+        ]
         self.c1 = nn.Conv2d(in_chans, 6, 5)
         self.s2 = nn.AvgPool2d(2)
         self.c3 = nn.Conv2d(6, 16, 5)

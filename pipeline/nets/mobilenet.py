@@ -107,6 +107,10 @@ class MobileNetV1(nn.Module):
             mean=(0.5,) * 3,
             std=(0.5,) * 3,
         )
+        self.feature_info = [
+            interface.level(f"blocks.{number}", num_chs=_scaled(full_width, width=width), reduction=2 ** (number + 1))
+            for number, (full_width, _, _) in enumerate(_STAGES)
+        ]
         self.conv_stem = nn.Conv2d(in_chans, stem_chans, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem_chans)
         stages = []

@@ -75,6 +75,11 @@ class NIN(nn.Module):
             mean=interface.CIFAR_MEAN,
             std=interface.CIFAR_STD,
         )
+        self.feature_info = [
+            interface.level("mlpconv1", num_chs=96, reduction=1),
+            interface.level("mlpconv2", num_chs=192, reduction=2),
+            interface.level("mlpconv3", num_chs=192, reduction=4),
+        ]
         self.mlpconv1 = _mlpconv(in_chans=in_chans, size=5, widths=(192, 160, 96))
         self.mlpconv2 = _mlpconv(in_chans=96, size=5, widths=(192, 192, 192))
         self.mlpconv3 = _mlpconv(in_chans=192, size=3, widths=(192, 192))

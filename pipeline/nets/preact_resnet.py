@@ -49,7 +49,8 @@ from torch import Tensor, nn
 from pipeline.nets import interface
 
 MIN_PX = 32
-"""With ImageNet's stem: the last map is then 1 x 1. Below that, other stages too would see single pixels."""
+"""With ImageNet's stem, which takes 32 pixels to one. A choice: less can be computed, but a map of single pixels says
+little, and the cifar stem is for small pictures."""
 CIFAR_MIN_PX = 8
 """With CIFAR's stem: the last map is then 2 x 2 after three stages, 1 x 1 after four."""
 
@@ -172,12 +173,17 @@ class PreActResNet(nn.Module):
         self.min_px = CIFAR_MIN_PX if keep_size else MIN_PX
         self.stem = _stem(in_chans, chans=chans, keep_size=keep_size)
         self.stages = nn.Sequential()
+        self.feature_info = [] if keep_size else [interface.level("stem.conv", num_chs=chans, reduction=2)]
+        reduction = 1 if keep_size else 4
         out_chans = chans * plan.unit.expansion
         for number, num_units in enumerate(plan.num_units):
             units = _units(plan, in_chans=chans, out_chans=out_chans, num_units=num_units, is_first=number == 0)
             self.stages.append(nn.Sequential(OrderedDict(blocks=units)))
-            chans, out_chans = out_chans, out_chans * 2
+            self.feature_info.append(interface.level(f"stages.{number}", num_chs=out_chans, reduction=reduction))
+            chans, out_chans, reduction = out_chans, out_chans * 2, reduction * 2
         self.norm = nn.BatchNorm2d(chans)
+        self.relu = nn.ReLU()
+        self.feature_info[-1]["module"] = "relu"
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = chans
         self.head = Head(chans, num_classes=num_classes, drop_rate=drop_rate)
@@ -188,8 +194,9 @@ class PreActResNet(nn.Module):
             min_px=self.min_px,
             first_conv="stem.conv",
             classifier="head.fc",
-            mean=interface.CIFAR_MEAN if cifar_net else interface.IMAGENET_MEAN,
-            std=interface.CIFAR_STD if cifar_net else interface.IMAGENET_STD,
+            mean=(0.5,) * 3,
+            # the ImageNet nets: of timm's weights
+            std=interface.CIFAR_STD if cifar_net else (0.5,) * 3,
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -199,8 +206,9 @@ class PreActResNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] to the last activation, [B, num_features, h, w]: a 32nd of the side, an 8th with the
         CIFAR stem, a quarter in the nets for CIFAR; rounded up."""
-        interface.refuse_small(x, min_px=self.min_px, name=self.name)
-        return F.relu(self.norm(self.stages(self.stem(x))))
+        interface.refuse_small(x, min_px=self.min_px, name=self.name, cifar_stem=self.min_px == MIN_PX)
+        features_bchw: Tensor = self.relu(self.norm(self.stages(self.stem(x))))
+        return features_bchw
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """[B, num_features, h, w] to logits [B, num_classes], or to the average over h and w, [B, num_features]."""

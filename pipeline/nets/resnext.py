@@ -39,7 +39,8 @@ from torch import Tensor, nn
 from pipeline.nets import interface
 
 MIN_PX = 32
-"""With ImageNet's stem: the last map is then 1 x 1. Below that, other stages too would see single pixels."""
+"""With ImageNet's stem, which takes 32 pixels to one. A choice: less can be computed, but a map of single pixels says
+little, and the cifar stem is for small pictures."""
 CIFAR_MIN_PX = 8
 """With CIFAR's stem: the last map is then 2 x 2 after three stages, 1 x 1 after four."""
 
@@ -120,8 +121,9 @@ _PLANS = {
 class ResNeXt(nn.Module):
     """Pictures [B, in_chans, H, W], H and W at least 32 (8 with the CIFAR stem), to logits [B, num_classes].
 
-    Initialised as by He et al., "Delving deep into rectifiers", 2015: convolutions normal, with variance 2 / fan_out;
-    batch norms with weight 1 and bias 0; `fc` uniform within +-1 / sqrt(fan_in) and bias 0.
+    Initialised as by He et al., "Delving deep into rectifiers", 2015: convolutions normal, with variance 2 / fan_out,
+    counted over all groups as torch does; batch norms with weight 1 and bias 0; `fc` uniform within +-1 / sqrt(fan_in)
+    and bias 0.
     """
 
     def __init__(self, name: str, *, num_classes: int, in_chans: int, drop_rate: float, stem: str) -> None:
@@ -138,11 +140,14 @@ class ResNeXt(nn.Module):
         )
         self.bn1 = nn.BatchNorm2d(64)
         self.maxpool = nn.Identity() if keep_size else nn.MaxPool2d(3, stride=2, padding=1)
-        chans, out_chans = 64, 256
+        stem_level = interface.level("maxpool", num_chs=64, reduction=2, entering=True)
+        self.feature_info = [] if keep_size else [stem_level]
+        chans, out_chans, reduction = 64, 256, 1 if keep_size else 4
         for number, num_blocks in enumerate(plan.num_blocks, start=1):
             stage = _stage(plan, in_chans=chans, out_chans=out_chans, stride=min(number, 2), num_blocks=num_blocks)
             self.add_module(f"layer{number}", stage)
-            chans, out_chans = out_chans, out_chans * 2
+            self.feature_info.append(interface.level(f"layer{number}", num_chs=out_chans, reduction=reduction))
+            chans, out_chans, reduction = out_chans, out_chans * 2, reduction * 2
         self.num_stages = len(plan.num_blocks)
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = chans
@@ -166,7 +171,7 @@ class ResNeXt(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] to [B, num_features, h, w]: a 32nd of the side, an 8th with the CIFAR stem, a quarter in
         the net for CIFAR; rounded up."""
-        interface.refuse_small(x, min_px=self.min_px, name=self.name)
+        interface.refuse_small(x, min_px=self.min_px, name=self.name, cifar_stem=self.min_px == MIN_PX)
         x_bchw: Tensor = self.maxpool(F.relu(self.bn1(self.conv1(x))))
         for number in range(1, self.num_stages + 1):
             x_bchw = self.get_submodule(f"layer{number}")(x_bchw)

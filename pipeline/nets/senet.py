@@ -44,7 +44,8 @@ from torch import Tensor, nn
 from pipeline.nets import interface
 
 MIN_PX = 32
-"""With ImageNet's stem: the last map is then 1 x 1. Below that, other stages too would see single pixels."""
+"""With ImageNet's stem, which takes 32 pixels to one. A choice: less can be computed, but a map of single pixels says
+little, and the cifar stem is for small pictures."""
 CIFAR_MIN_PX = 8
 """With CIFAR's stem: the last map is then 1 x 1."""
 REDUCTION = 16
@@ -159,8 +160,8 @@ class SENet(nn.Module):
     """Pictures [B, in_chans, H, W], H and W at least 32 (8 with the CIFAR stem), to logits [B, num_classes].
 
     Initialised as by He et al., "Delving deep into rectifiers", 2015, which the paper follows: convolutions normal,
-    with variance 2 / fan_out, and bias 0; batch norms with weight 1 and bias 0; `last_linear` uniform within
-    +-1 / sqrt(2048) and bias 0. Every factor of an excitation is thus about a half at first.
+    with variance 2 / fan_out, counted over all groups as torch does, and bias 0; batch norms with weight 1 and bias 0;
+    `last_linear` uniform within +-1 / sqrt(2048), bias 0. Every factor of an excitation is thus about a half at first.
     """
 
     reference_renames = (
@@ -178,6 +179,14 @@ class SENet(nn.Module):
         # as in Caffe: no padding, but a last window that hangs over the edge
         self.pool0 = nn.Identity() if keep_size else nn.MaxPool2d(3, stride=2, ceil_mode=True)
         stem_chans = 128 if plan.deep_stem else 64
+        first = 1 if keep_size else 4
+        self.feature_info = [
+            *([] if keep_size else [interface.level("layer0", num_chs=stem_chans, reduction=2)]),
+            interface.level("layer1", num_chs=256, reduction=first),
+            interface.level("layer2", num_chs=512, reduction=2 * first),
+            interface.level("layer3", num_chs=1024, reduction=4 * first),
+            interface.level("layer4", num_chs=2048, reduction=8 * first),
+        ]
         self.layer1 = _stage(plan, in_chans=stem_chans, out_chans=256, stride=1, num_blocks=plan.num_blocks[0])
         self.layer2 = _stage(plan, in_chans=256, out_chans=512, stride=2, num_blocks=plan.num_blocks[1])
         self.layer3 = _stage(plan, in_chans=512, out_chans=1024, stride=2, num_blocks=plan.num_blocks[2])
@@ -203,7 +212,8 @@ class SENet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] to [B, 2048, h, w]: a 32nd of the side, rounded up; an 8th with the CIFAR stem."""
-        interface.refuse_small(x, min_px=self.min_px, name=self.name)
+        other_stem = self.name == "se_resnet50" and self.min_px == MIN_PX
+        interface.refuse_small(x, min_px=self.min_px, name=self.name, cifar_stem=other_stem)
         x_bchw: Tensor = self.pool0(self.layer0(x))
         x_b2048hw: Tensor = self.layer4(self.layer3(self.layer2(self.layer1(x_bchw))))
         return x_b2048hw

@@ -114,6 +114,10 @@ class UNetEncoder(nn.Module):
             first_conv="levels.0.conv1",
             classifier="classifier",
         )
+        self.feature_info = [
+            interface.level(f"levels.{number}", num_chs=width * 2**number, reduction=2**number)
+            for number in range(NUM_LEVELS)
+        ]
         self.levels = Contracting(in_chans, width=width)
         self.head_drop = nn.Dropout(drop_rate)
         self.classifier = nn.Linear(self.head_hidden_size, num_classes)

@@ -94,6 +94,13 @@ class VGG(nn.Module):
     weights make this unnecessary.
     """
 
+    reference_renames = (
+        (r"^pre_logits\.fc1\.", "classifier.0."),
+        (r"^pre_logits\.fc2\.", "classifier.3."),
+        (r"^head\.fc\.", "classifier.6."),
+    )
+    """From timm's names, whose first two are convolutions over the whole map, to torchvision's, which are ours."""
+
     def __init__(self, *, depth: int, batch_norm: bool, num_classes: int, in_chans: int, drop_rate: float) -> None:
         super().__init__()
         self.name = f"vgg{depth}_bn" if batch_norm else f"vgg{depth}"
@@ -109,6 +116,7 @@ class VGG(nn.Module):
             classifier="classifier.6",
         )
         self.features = _stages(in_chans=in_chans, depths=_DEPTHS[depth], batch_norm=batch_norm)
+        self.feature_info = interface.levels_of_sequence(self.features, name="features")
         self.avgpool = nn.AdaptiveAvgPool2d(7)
         self.classifier = nn.Sequential(
             nn.Linear(self.num_features * 7 * 7, 4096),

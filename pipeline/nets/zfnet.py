@@ -72,13 +72,22 @@ class ZFNet(nn.Module):
         self.pretrained_cfg: dict[str, Any] = interface.config(
             in_chans=in_chans, num_classes=num_classes, px=224, min_px=MIN_PX, first_conv="conv1", classifier="fc8"
         )
+        self.feature_info = [
+            interface.level("pool1", num_chs=96, reduction=2, entering=True),
+            interface.level("conv2", num_chs=96, reduction=4, entering=True),
+            interface.level("pool2", num_chs=256, reduction=8, entering=True),
+            interface.level("pool5", num_chs=256, reduction=16, entering=True),
+            interface.level("avgpool", num_chs=256, reduction=32, entering=True),
+        ]
         self.conv1 = nn.Conv2d(in_chans, 96, 7, stride=2, padding=1)
         self.conv2 = nn.Conv2d(96, 256, 5, stride=2)
         self.conv3 = nn.Conv2d(256, 384, 3, padding=1)
         self.conv4 = nn.Conv2d(384, 384, 3, padding=1)
         self.conv5 = nn.Conv2d(384, 256, 3, padding=1)
         # over the edge, so that 110 px become 55 and 26 become 13
-        self.pool = nn.MaxPool2d(3, stride=2, ceil_mode=True)
+        self.pool1 = nn.MaxPool2d(3, stride=2, ceil_mode=True)
+        self.pool2 = nn.MaxPool2d(3, stride=2, ceil_mode=True)
+        self.pool5 = nn.MaxPool2d(3, stride=2, ceil_mode=True)
         # the paper's alpha of 1e-4 is of a sum over five channels; torch takes their mean
         self.norm = nn.LocalResponseNorm(5, alpha=5 * 1e-4, beta=0.75, k=2.0)
         self.avgpool = nn.AdaptiveAvgPool2d(6)
@@ -94,10 +103,10 @@ class ZFNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] to the last pool's [B, 256, h, w], 6 x 6 at 224 px."""
         interface.refuse_small(x, min_px=MIN_PX, name="zfnet")
-        x_b96hw = self.norm(self.pool(F.relu(self.conv1(x))))
-        x_b256hw = self.norm(self.pool(F.relu(self.conv2(x_b96hw))))
+        x_b96hw = self.norm(self.pool1(F.relu(self.conv1(x))))
+        x_b256hw = self.norm(self.pool2(F.relu(self.conv2(x_b96hw))))
         x_b384hw = F.relu(self.conv4(F.relu(self.conv3(x_b256hw))))
-        features_b256hw: Tensor = self.pool(F.relu(self.conv5(x_b384hw)))
+        features_b256hw: Tensor = self.pool5(F.relu(self.conv5(x_b384hw)))
         return features_b256hw
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

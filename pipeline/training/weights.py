@@ -133,8 +133,9 @@ def load_pretrained(net: "nn.Module", state: "Mapping[str, Tensor]") -> None:
 
     Where the classifier has another shape, or there is none, the net's own is set to zero: every class is then equally
     likely at first, and no random head sends noise into pretrained layers (Kolesnikov et al. 2019). The kernels of
-    the first convolution are summed over the colours for a one-channel net; everything else must match. A net of ours
-    takes files of its reference in torchvision or timm, whose names it knows. Works alike for timm's nets and our own.
+    the first convolution are summed over the colours for a one-channel net. Auxiliary classifiers may be missing; all
+    else must match. A net of ours takes files of its reference in torchvision or timm, whose names it knows. Works
+    alike for timm's nets and our own.
 
     Raises:
         UserError: The first names that are missing, unexpected, or of another shape.
@@ -152,7 +153,7 @@ def load_pretrained(net: "nn.Module", state: "Mapping[str, Tensor]") -> None:
         key = f"{name}.weight"
         if key in own and key in fitted:
             fitted[key] = _sum_colours(fitted[key], like=own[key])
-    if misfit := _misfit(net, fitted, may_miss=classifiers):
+    if misfit := _misfit(net, fitted, may_miss=(*classifiers, *_absent_heads(net, fitted))):
         raise UserError(f"the weights do not fit the net; {misfit}")
     fitted |= {key: own[key].zero_() for key in own if key.startswith(classifiers) and key not in fitted}
     net.load_state_dict(fitted, strict=False)
@@ -199,10 +200,17 @@ def renamed_for(net: "nn.Module", state: "Mapping[str, Tensor]") -> "dict[str, T
         name = key
         for pattern, replacement in () if key in own else pairs:
             name = re.sub(pattern, replacement, name)
-        if name in own and own[name].ndim == 2 and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
-            tensor = tensor.flatten(1)  # a linear layer written as a 1x1 convolution
+        if name in own and own[name].ndim == 2 and tensor.ndim == 4 and tensor[0].numel() == own[name].shape[1]:
+            tensor = tensor.flatten(1)  # a linear layer written as a convolution over the whole map
         renamed[name] = tensor
     return renamed
+
+
+def _absent_heads(net: Any, state: "Mapping[str, Tensor]") -> tuple[str, ...]:
+    """Auxiliary heads that a state lacks as a whole, as files for inference do; the net keeps its own random ones."""
+    heads = {id(head) for head in net.auxiliary_heads()} if hasattr(net, "auxiliary_heads") else set()
+    prefixes = (f"{name}." for name, module in net.named_modules() if id(module) in heads)
+    return tuple(prefix for prefix in prefixes if not any(key.startswith(prefix) for key in state))
 
 
 def _sum_colours(weight: "Tensor", *, like: "Tensor") -> "Tensor":

@@ -313,7 +313,10 @@ def test_smallest_picture_is_taken_and_a_smaller_one_refused(name: str) -> None:
     net = build(name, in_chans=1).eval()
     px = nets.min_px(net)
     assert net(pictures(1, px=px)).isfinite().all()
-    with pytest.raises(UserError, match=rf"{px} px or more, got {px - 1}; raise augment.px and train.px to {px}$"):
+    with pytest.raises(
+        UserError,
+        match=rf"{px} px or more, got {px - 1}; raise augment.px and train.px to {px}(, or set model.stem=cifar)?$",
+    ):
         net(pictures(1, px=px - 1))
 
 
@@ -404,8 +407,21 @@ def test_normalization_is_the_net_s_with_one_value_a_channel() -> None:
 
 @pytest.mark.parametrize("name", [name for name in SCRATCH if "efficientnet" not in name])
 def test_stochastic_depth_is_refused_where_there_is_none(name: str) -> None:
-    with pytest.raises(UserError, match=f"^{name} takes no drop_path_rate; set model.drop_path_rate=0$"):
+    with pytest.raises(UserError, match=f"^{name} takes no drop_path_rate; set model.drop_path_rate=auto$"):
         build(name, drop_path_rate=0.1)
+
+
+@pytest.mark.parametrize(
+    "name", ["scratch/vgg_f", "scratch/alexnet", "scratch/efficientnet_b0", "scratch/lenet5", "vgg11"]
+)
+def test_a_rate_of_zero_is_none_and_auto_is_the_net_s_own(name: str) -> None:
+    def rates(**given: Any) -> set[float]:
+        modules = build(name, device="meta", **given).modules()
+        return {float(getattr(m, "p", getattr(m, "rate", 0.0))) for m in modules if "rop" in type(m).__name__}
+
+    assert rates(drop_rate=0.0, drop_path_rate=0.0) <= {0.0}
+    own = {"scratch/vgg_f": 0.5, "scratch/alexnet": 0.5, "scratch/efficientnet_b0": 0.2}
+    assert max(rates(), default=0.0) == own.get(name, 0.0)
 
 
 def test_timm_net_takes_what_it_is_given() -> None:

@@ -79,11 +79,16 @@ def logits_of(net: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+    ("name", "of"),
+    [
+        *((name, of) if name in FAST else pytest.param(name, of, marks=pytest.mark.slow) for name, of in CASES.items()),
+        # the same net under timm's names, its linear layers written as convolutions
+        pytest.param("vgg11_bn", "timm/vgg11_bn", marks=pytest.mark.slow),
+    ],
 )
-def test_reference_s_weights_give_the_reference_s_logits_and_gradients(name: str) -> None:
+def test_reference_s_weights_give_the_reference_s_logits_and_gradients(name: str, of: str) -> None:
     torch.manual_seed(0)
-    theirs = without_dropout(shaken(reference(CASES[name]))).double()
+    theirs = without_dropout(shaken(reference(of))).double()
     ours: Any = without_dropout(nets.build(f"scratch/{name}", num_classes=1000)).double()
     weights.load_pretrained(ours, theirs.state_dict())
     px = max(nets.min_px(ours), 64)

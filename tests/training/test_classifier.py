@@ -119,6 +119,27 @@ def test_auxiliary_classifiers_learn_with_their_share_of_the_loss(pictures: Stor
     assert {"auxiliary.weight", "auxiliary.bias"} <= _moved(net, before)
 
 
+def test_only_auxiliary_classifiers_that_learn_count() -> None:
+    torch.manual_seed(0)
+    net: Any = nets.build("scratch/googlenet", num_classes=3)
+    module = Classifier(
+        net,
+        phase=Phase("phase", 1, "all", 0.01, "constant"),
+        num_classes=3,
+        px=PX,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        optimizer="sgd",
+        weight_decay=0.0,
+        label_smoothing=0.0,
+        channels_last=False,
+    )
+    pixels = torch.randint(0, 256, (2, 3, PX, PX), dtype=torch.uint8)
+    assert len(module._all_logits(pixels)) == 3
+    net.aux1.requires_grad_(False)
+    assert len(module._all_logits(pixels)) == 2
+
+
 def test_auxiliary_classifiers_cost_nothing_while_they_are_frozen(
     pictures: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 
 from pipeline import nets
 from pipeline.errors import UserError
 from pipeline.training import pretrained
 from pipeline.training.pretrained import Origin, Unavailable, from_hub, match_by_order
+from pipeline.training.weights import load_pretrained
 
 LITE0 = "tf_efficientnet_lite0"
 needs_pip = pytest.mark.skipif(find_spec("pip") is None, reason="this environment has no pip")
@@ -116,6 +118,19 @@ def test_broken_file_in_the_hub_s_cache_is_named(tmp_path: Path) -> None:
 
 def test_net_without_weights_is_said_to_have_none() -> None:
     assert pretrained.find("test_maxvit") == (None, (("the hub", "timm has no weights for it"),))
+
+
+@pytest.mark.parametrize("name", pretrained.REFERENCES)
+def test_weights_that_are_fetched_for_a_net_of_ours_fit_it_and_its_pixels(name: str) -> None:
+    reference = pretrained.REFERENCES[name]
+    published: Any = timm.get_pretrained_cfg(reference)
+    assert published.has_weights
+    with torch.device("meta"):
+        net: Any = nets.build(name, num_classes=7)
+        state = timm.create_model(reference).state_dict()
+    load_pretrained(net, state)
+    assert net.pretrained_cfg["mean"] == published.mean
+    assert net.pretrained_cfg["std"] == published.std
 
 
 def test_unknown_net_is_the_user_s_mistake() -> None:

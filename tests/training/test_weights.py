@@ -222,6 +222,18 @@ def test_a_reference_s_names_are_read_as_the_net_s_own() -> None:
         assert torch.equal(tensor, state[f"theirs.{key}"].reshape(tensor.shape))
 
 
+def test_a_file_for_inference_lacks_the_auxiliary_classifiers_and_loads() -> None:
+    state = {key: t for key, t in build("scratch/googlenet", seed=1).state_dict().items() if not key.startswith("aux")}
+    net = build("scratch/googlenet")
+    before = net.aux1.fc1.weight.clone()
+    load_pretrained(net, state)
+    assert torch.equal(net.conv1.conv.weight, state["conv1.conv.weight"])
+    assert torch.equal(net.aux1.fc1.weight, before)
+    state["aux1.fc1.weight"] = before  # a part of a head is a broken file
+    with pytest.raises(UserError, match=r"missing: aux1\."):
+        load_pretrained(net, state)
+
+
 def test_auxiliary_classifiers_of_other_classes_start_at_zero_too() -> None:
     state = build("scratch/ablation_inception_aux", num_classes=10, seed=1).state_dict()
     net = build("scratch/ablation_inception_aux")
