@@ -84,7 +84,7 @@ def _restore(args: argparse.Namespace) -> None:
         seed=params.train.seed,
         noise=args.noise,
         hole=args.hole,
-        width=args.width,
+        experiment=params.tracking.experiment,
     )
 
 
@@ -187,7 +187,6 @@ COMMANDS = {
                 "--noise", "standard deviation of the noise, as a share of the full scale", type=float, default=0.1
             ),
             Argument("--hole", "share of the picture that is blanked", type=float, default=0.2),
-            Argument("--width", "channels of the first level; scratch/unet_encoder has 64", type=int, default=64),
             Argument("--out", "folder for the encoder's weights and the pictures", default="models/restored"),
         ),
     ),

@@ -200,7 +200,12 @@ def _parent(name: str, study: Study, *, size: Size, where: str) -> tracking.Run:
     known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
     if known.get("study") == fingerprint and (resumed := tracking.Run.resume(known["run"], spool=spool)):
         return resumed
-    tags = {"study": name, "size": size, "mlflow.note.content": f"{study.title}. {study.question}"}
+    tags = {
+        tracking.SERVES: "study",
+        "study": name,
+        "size": size,
+        "mlflow.note.content": f"{study.title}. {study.question}",
+    }
     parent = tracking.Run.start(experiment=where, name=f"study-{name}-{size}", tags=tags, spool=spool)
     parent.log_params({"study": name, "size": size, "seeds": study.seeds, **study.settings, **study.sizes[size]})
     with fresh_file(note) as beside:

@@ -16,7 +16,7 @@ PIPED_WIDTH = 1000
 
 def run(experiment: str | None = None) -> None:
     """Prints the runs of an experiment, or of all, or what to do where there are none."""
-    rows = [row for row in tracking.runs(experiment) if "study" not in row.tags]  # a parent has no figures of its own
+    rows = [row for row in tracking.runs(experiment) if tracking.SERVES not in row.tags]  # no classifier of their own
     if not rows:
         where = f"experiment {experiment!r}" if experiment else "MLflow"
         print(f"No runs in {where} yet: train a model first (make train).")

@@ -5,7 +5,9 @@ from any that there are (Pathak et al., "Context encoders", 2016; of noise: Vinc
 robust features with denoising autoencoders", 2008).
 """
 
+import json
 import signal
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanMetric
 
-from pipeline import nets, paths
+from pipeline import nets, paths, provenance, tracking
 from pipeline.analysis import plots
 from pipeline.data.datamodule import Batches, Pictures
 from pipeline.data.store import Store
@@ -27,7 +29,7 @@ from pipeline.errors import UserError
 from pipeline.nets.unet import MIN_PX, UNet, unet
 from pipeline.training import optim, weights
 from pipeline.training.classifier import Normalize
-from pipeline.training.fit import quiet
+from pipeline.training.fit import Log, quiet
 
 NET = "scratch/unet_encoder"
 ENCODER, GRID = "unet_encoder.safetensors", "restored.png"
@@ -54,9 +56,10 @@ def run(
     seed: int,
     noise: float,
     hole: float,
-    width: int,
+    experiment: str,
+    width: int = 64,
 ) -> None:
-    """Trains a U-Net to restore the prepared pictures of a dataset, and prints a line an epoch.
+    """Trains a U-Net to restore the prepared pictures of a dataset, prints a line an epoch and keeps a run in MLflow.
 
     Into the folder `out` go the encoder's weights of the last epoch (`unet_encoder.safetensors`, for model.weights) and
     a drawing of validation pictures (`restored.png`). Labels are not looked at, and neither is the test split.
@@ -72,26 +75,45 @@ def run(
         seed: Of the net, of the order of pictures and of the damage.
         noise: Standard deviation of the noise, as a share of the full range of a pixel.
         hole: Share of each picture's area that is blanked, rounded to 1/64.
+        experiment: MLflow experiment.
         width: Of the U-Net's first level; a classifier takes the weights of 64 alone.
 
     Raises:
         UserError: A value is out of range, or there are no such pictures, or the loss is no longer a number.
     """
+    settings = {key: value for key, value in locals().items() if key not in ("out", "experiment")}
     _check(counts=(epochs, batch_size, width), lr=lr, in_chans=in_chans, noise=noise, hole=hole)
     quiet()
     store = _store(dataset, px=px)
     L.seed_everything(seed, workers=True, verbose=False)
-    module = Restorer(unet(in_chans=in_chans, width=width), in_chans=in_chans, lr=lr)
     clean = Pictures(store, px=px, in_chans=in_chans)
     learning = DamagedPictures(clean, seed=seed, noise=noise, hole=hole, fixed=False)
     held_out = DamagedPictures(clean, seed=seed, noise=noise, hole=hole, fixed=True)
     batches = Batches(store.indices("train"), batch_size=batch_size, seed=seed, shuffle=True)
     train = DataLoader(learning, sampler=batches, batch_size=None)
     val = DataLoader(held_out, sampler=Batches(store.indices("val"), batch_size=batch_size), batch_size=None)
-    _fit(module, train, val, epochs=epochs)
-    weights.save_state(out / ENCODER, module.net.encoder.state_dict())
-    _draw(module, held_out, store.indices("val")[:SHOWN], path=out / GRID)
-    print(f"wrote {out / ENCODER} and {out / GRID}", flush=True)
+    tags = {
+        **provenance.run_tags(dataset=dataset, model=NET),
+        "data.sha256": store.meta.sha256,
+        tracking.SERVES: "restore",
+    }
+    run = tracking.Run.start(
+        experiment=experiment,
+        name=f"restore-{dataset}-{datetime.now():%Y%m%d-%H%M%S}",
+        tags=tags,
+        spool=paths.progress("restore") / "metrics.spool",
+    )
+    with tracking.ending(run):
+        run.log_params(settings)
+        module = Restorer(unet(in_chans=in_chans, width=width), in_chans=in_chans, lr=lr, log=run.log_metrics)
+        _fit(module, train, val, epochs=epochs)
+        # one key: safetensors writes several in any order, and the same run should give the same file
+        metadata = {"restored": json.dumps(settings)}
+        weights.save_state(out / ENCODER, module.net.encoder.state_dict(), metadata=metadata)
+        _draw(module, held_out, store.indices("val")[:SHOWN], path=out / GRID)
+        for name in (ENCODER, GRID):
+            run.log_artifact(out / name)
+    print(f"wrote {out / ENCODER} and {out / GRID}; MLflow run {run.name} ({run.id})", flush=True)
 
 
 def damage(
@@ -144,14 +166,14 @@ class Restorer(L.LightningModule):
     The net reads pictures normalised as the classifier's encoder will, and gives pixels of 0..1.
     """
 
-    def __init__(self, net: UNet, *, in_chans: int, lr: float) -> None:
+    def __init__(self, net: UNet, *, in_chans: int, lr: float, log: Log) -> None:
         super().__init__()
         self.net = net
         with torch.device("meta"):
             encoder = nets.build(NET, num_classes=1, in_chans=in_chans)
         mean, std = nets.normalization(encoder, in_chans=in_chans)
         self.normalize = Normalize(mean, std)
-        self._lr = lr
+        self._lr, self._log = lr, log
         self.train_loss, self.val_psnr, self.val_psnr_damaged = (MeanMetric() for _ in range(3))
         self._on_sigterm = signal.getsignal(signal.SIGTERM)
 
@@ -182,6 +204,7 @@ class Restorer(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         found = self.trainer.callback_metrics
+        self._log({name: float(value) for name, value in found.items() if "/" in name}, step=self.global_step)
         print(
             f"epoch {self.current_epoch + 1}/{self.trainer.max_epochs}: train loss {found['train/loss']:.5f}; "
             f"val PSNR {found['val/psnr']:.2f} dB restored, {found['val/psnr_damaged']:.2f} dB damaged",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline import tracking
 from pipeline.data import store
 from pipeline.data.datamodule import Pictures
 from pipeline.data.store import Row, Store
@@ -29,6 +30,7 @@ PLAIN: dict[str, Any] = {
     "noise": 0.1,
     "hole": 0.125,
     "width": WIDTH,
+    "experiment": "thaw",
 }
 
 
@@ -47,7 +49,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Any:
         rows.append((Row(f"{number}", "train" if number < 32 else "val", 0, 0, PX, PX), picture))
     store.write(folder, rows, dataset="tiny", classes=("edge",), px=PX, channels=1, skipped=[])
     os.chdir(top)
-    yield top
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.delenv("DVC_ROOT", raising=False)
+        yield top
     os.chdir(before)
 
 
@@ -111,7 +116,10 @@ def test_run_restores_pictures_and_a_classifier_takes_the_encoder(
 ) -> None:
     restoring.run(**{**PLAIN, "epochs": 12, "batch_size": 4, "lr": 0.01, "width": 8}, out=tmp_path)
     *lines, told = capsys.readouterr().out.splitlines()
-    assert told == f"wrote {tmp_path / restoring.ENCODER} and {tmp_path / restoring.GRID}"
+    assert told.startswith(f"wrote {tmp_path / restoring.ENCODER} and {tmp_path / restoring.GRID}; MLflow run restore-")
+    run = next(row for row in tracking.runs("thaw") if f"({row.id})" in told)
+    assert (run.status, run.tags["serves"], run.params["noise"]) == ("FINISHED", "restore", "0.1")
+    assert f"{run.metrics['val/psnr']:.2f}" == lines[-1].split()[7]
     words = [line.split() for line in lines]
     assert [line[1] for line in words] == [f"{epoch}/12:" for epoch in range(1, 13)]
     losses = [float(line[4].rstrip(";")) for line in words]
