@@ -62,6 +62,9 @@ class Net(Protocol):
     pretrained_cfg: dict[str, Any]
     """input_size and min_input_size (C, H, W), mean and std (one a channel, of pictures in 0..1), interpolation,
     crop_pct, first_conv and classifier (names of modules), num_classes."""
+    feature_info: list[dict[str, Any]]
+    """The last map at each resolution, input side first, with timm's keys: num_chs, reduction (product of the strides
+    so far) and module (the name of what gives it, or with hook_type "forward_pre" of what it enters)."""
 
     def forward_features(self, x: "Tensor") -> "Tensor":
         """Pictures [B, C, H, W] to the feature map [B, num_features, h, w]."""
@@ -114,6 +117,7 @@ def build(
     drop_path_rate: Rate = "auto",
     stem: str = DEFAULT_STEM,
     recompute: bool = False,
+    features_only: bool = False,
 ) -> "nn.Module":
     """A net with random weights.
 
@@ -125,6 +129,9 @@ def build(
         drop_path_rate: Stochastic depth, probability at the last block; "auto" for the net's own.
         stem: "default", or "cifar" for a first layer that keeps the size of small pictures, in our nets that have it.
         recompute: Compute cheap layers again in the backward pass in place of keeping their outputs, in our DenseNets.
+        features_only: Forward then gives a list of maps [B, channels, h, w] in place of logits, the finest first, and
+            `feature_info.channels()` and `.reduction()` tell of each; num_classes is of no use. Our nets come as a
+            `features.FeatureMaps`. A few of timm's, whose `output_fmt` is NHWC, have the channels last.
 
     Raises:
         UserError: There is no such net, or it does not take one of the arguments.
@@ -139,8 +146,13 @@ def build(
     else:
         import timm
 
-        construct = partial(timm.create_model, name, pretrained=False)
-    return _constructed(name, partial(construct, num_classes=num_classes, in_chans=in_chans), optional)
+        construct = partial(timm.create_model, name, pretrained=False, features_only=features_only)
+    net = _constructed(name, partial(construct, num_classes=num_classes, in_chans=in_chans), optional)
+    if features_only and is_scratch(name):
+        from pipeline.nets.features import FeatureMaps
+
+        return FeatureMaps(net)
+    return net
 
 
 def _constructed(name: str, construct: "Callable[..., nn.Module]", optional: dict[str, Any]) -> "nn.Module":

@@ -259,8 +259,8 @@ class DenseNet(nn.Module):
             block = DenseBlock(chans, num_layers=num, growth=growth, recompute=recompute)
             self.features.add_module(f"denseblock{number}", block)
             chans += num * growth
-            last = "relu5" if number == len(num_layers) else f"denseblock{number}"
-            self.feature_info.append(interface.level(f"features.{last}", num_chs=chans, reduction=reduction))
+            end = "features.relu5" if number == len(num_layers) else f"features.denseblock{number}"
+            self.feature_info.append(interface.level(end, num_chs=chans, reduction=reduction))
             reduction *= 2
             if number < len(num_layers):
                 self.features.add_module(f"transition{number}", Transition(chans))

@@ -179,11 +179,11 @@ class PreActResNet(nn.Module):
         for number, num_units in enumerate(plan.num_units):
             units = _units(plan, in_chans=chans, out_chans=out_chans, num_units=num_units, is_first=number == 0)
             self.stages.append(nn.Sequential(OrderedDict(blocks=units)))
-            self.feature_info.append(interface.level(f"stages.{number}", num_chs=out_chans, reduction=reduction))
+            end = "relu" if number == len(plan.num_units) - 1 else f"stages.{number}"
+            self.feature_info.append(interface.level(end, num_chs=out_chans, reduction=reduction))
             chans, out_chans, reduction = out_chans, out_chans * 2, reduction * 2
         self.norm = nn.BatchNorm2d(chans)
         self.relu = nn.ReLU()
-        self.feature_info[-1]["module"] = "relu"
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = chans
         self.head = Head(chans, num_classes=num_classes, drop_rate=drop_rate)
