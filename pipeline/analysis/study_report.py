@@ -53,13 +53,12 @@ def publish(name: str, study: "Study", results: "Sequence[Result]", drawn: Seque
 
 def section(name: str, study: "Study", results: "Sequence[Result]", drawn: Sequence[Path]) -> str:
     """Question, settings at both sizes, table, verdicts and plots, as Markdown."""
-    minutes = sum(result.minutes for result in results)
     return "\n\n".join(
         [
             f"{study.question} ({study.source})",
             f"    make study NAME={name}",
             _settings(study),
-            f"What came out: {len(results)} runs, {minutes:.0f} minutes of training.",
+            f"What came out of {len(results)} runs:",
             text(study, results),
             *(f"![{study.title}]({path.relative_to(DOCUMENT.parent)})" for path in drawn),
         ]
@@ -74,15 +73,14 @@ def text(study: "Study", results: "Sequence[Result]") -> str:
 def table(study: "Study", results: "Sequence[Result]") -> str:
     """A row per variant: parameters, and mean and standard deviation of both errors over the seeds."""
     lines = [
-        "| variant | parameters | training error % | test error % | minutes a run |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| variant | parameters | training error % | test error % |",
+        "| --- | ---: | ---: | ---: |",
     ]
     for variant in study.variants:
         rows = [result for result in results if result.variant == variant]
         errors = ([r.train_error for r in rows], [r.test_error for r in rows])
         cells = [f"{fmean(values):.2f} ± {seeds.spread(values):.2f}" for values in errors]
-        minutes = fmean(r.minutes for r in rows)
-        lines.append(f"| {variant} | {rows[0].parameters:,} | {' | '.join(cells)} | {minutes:.1f} |")
+        lines.append(f"| {variant} | {rows[0].parameters:,} | {' | '.join(cells)} |")
     count = len(study.seeds)
     return "\n".join(
         [*lines, "", f"Mean ± standard deviation over {count} seeds ({', '.join(map(str, study.seeds))})."]
