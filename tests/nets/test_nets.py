@@ -291,7 +291,7 @@ def test_onnx_export_gives_the_same_logits(name: str, tmp_path: Path) -> None:
 def test_can_overfit_64_pictures(name: str) -> None:
     net = build(f"scratch/{name}", num_classes=10, in_chans=1)
     digits = load_digits()
-    px = max(64, nets.min_px(net))
+    px = small_px(net)
     x = nn.functional.interpolate(torch.tensor(digits.images[:64] / 8 - 1, dtype=torch.float32)[:, None], size=(px, px))
     labels = torch.tensor(digits.target[:64])
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-4 if PARAMETERS[name] > 10_000_000 else 1e-3)
