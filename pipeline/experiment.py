@@ -33,6 +33,7 @@ def run(*, model: str, epochs: int | None, settings: list[str]) -> None:
     check_repository()
     try:
         check_names(after)
+        check_net(after)
     except UserError as error:
         if error.parameter not in overrides:
             raise
@@ -58,6 +59,30 @@ def check_names(wanted: Config) -> None:
     if not paths.pretrained(wanted.model.name).exists():
         with blaming("model.name"):
             nets.check(wanted.model.name)
+
+
+def check_net(wanted: Config) -> None:
+    """Refuses a net of ours that does not take what is set, before the stages that come first have taken minutes.
+
+    Raises:
+        UserError: it does not take an argument, or pictures of that side.
+    """
+    if not nets.is_scratch(wanted.model.name):
+        return
+    import torch
+
+    model = wanted.model
+    with torch.device("meta"), blaming("model.name"):
+        net = nets.build(
+            model.name,
+            num_classes=2,
+            in_chans=model.in_chans,
+            drop_rate=model.drop_rate,
+            drop_path_rate=model.drop_path_rate,
+            stem=model.stem,
+            recompute=model.recompute,
+        )
+        nets.check_px(net, wanted.px, name=model.name)
 
 
 def check_repository() -> None:

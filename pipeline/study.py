@@ -148,11 +148,11 @@ def run(name: str, *, size: Size, variants: list[str] | None = None) -> None:
         for number, ((variant, seed, overrides), settings) in enumerate(zip(plans, wanted, strict=True), start=1):
             print(f"== {name}, {variant}, seed {seed}: run {number} of {len(plans)}", flush=True)
             label = f"{name}-{size}-{variant}-{seed}".replace("/", "-")
-            results.append(_one(label, variant, seed, overrides, settings))
-            print(
-                f"== {variant}: {study.measure.replace('_', ' ')} {getattr(results[-1], study.measure):.2f} %",
-                flush=True,
-            )
+            result = _one(label, variant, seed, overrides, settings)
+            figures = {"test/top1": 1 - result.test_error / 100, "train/top1": 1 - result.train_error / 100}
+            parent.include(result.run, name=label, metrics=figures)
+            results.append(result)
+            print(f"== {variant}: {study.measure.replace('_', ' ')} {getattr(result, study.measure):.2f} %", flush=True)
         if variants:
             return
         folder = _write(name, results, size=size)
@@ -186,6 +186,7 @@ def _checked(name: str, variant: str, overrides: Settings) -> Config:
     try:
         wanted = config.load(overrides=overrides)
         experiment.check_names(wanted)
+        experiment.check_net(wanted)
     except UserError as error:
         raise UserError(f"{FOLDER / name / 'study.yaml'}: {variant}: {error}") from None
     return wanted

@@ -92,7 +92,10 @@ def ending(run: "Run") -> Iterator[None]:
     """Ends a run with its block: FINISHED, KILLED where the block was stopped, FAILED where it went wrong."""
     try:
         yield
-    except (SystemExit, KeyboardInterrupt):
+    except SystemExit as stop:
+        run.finish("FAILED" if stop.code == 1 else "KILLED")
+        raise
+    except KeyboardInterrupt:
         run.finish("KILLED")
         raise
     except BaseException:
@@ -209,6 +212,13 @@ class Run:
         pictures = example.detach().cpu().contiguous()
         self._outbox.do("the model", partial(self._upload_model, frozen, pictures, list(classes)))
 
+    def include(self, run_id: str, *, name: str, metrics: Mapping[str, float]) -> None:
+        """Shows a run of another parent under this one: as a child that names it (tag copy_of) and has its metrics.
+
+        A result out of DVC's cache was made by an earlier run, and MLflow gives a run one parent.
+        """
+        self._outbox.do(f"child {name}", partial(self._include, run_id, name, dict(metrics)))
+
     def start_system_metrics(self) -> None:
         """Logs the use of processor, memory, disk and network every 10 s, until `finish` or until the store fails."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -234,6 +244,17 @@ class Run:
             lost.append(f"{len(self._spool.waiting)} points of metrics, kept in {self._spool.path} for its next resume")
         if lost:
             warn(f"run {self.id}: not sent to MLflow at {self._uri}: {', '.join(lost)}")
+
+    def _include(self, run_id: str, name: str, metrics: dict[str, float]) -> None:
+        query = f"tags.`{PARENT_TAG}` = '{self.id}'"
+        children = self._client.search_runs([self._experiment_id], filter_string=query, max_results=1000)
+        if any(run_id in (child.info.run_id, child.data.tags.get("copy_of")) for child in children):
+            return
+        tags = {PARENT_TAG: self.id, SERVES: "study", "copy_of": run_id}
+        child = self._client.create_run(self._experiment_id, tags=tags, run_name=name)
+        for key, value in metrics.items():
+            self._client.log_metric(child.info.run_id, key, value)
+        self._client.set_terminated(child.info.run_id)
 
     def _send(self) -> None:
         from mlflow.entities import Metric

@@ -63,6 +63,19 @@ def test_dvc_writes_exactly_what_was_checked(tmp_path: Path, setting: str) -> No
     assert config.load(path) == expected
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["augment.px=32"], r"^scratch/alexnet takes pictures of 63 px or more, got 32"),
+        (["model.recompute=true"], r"^model.name: scratch/alexnet takes no recompute; set model.recompute=false"),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_a_net_is_refused_before_any_stage_runs(settings: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("^scratch", "^model.name: scratch")):
+        experiment.run(model="scratch/alexnet", epochs=None, settings=settings)
+
+
 def test_a_mapping_is_not_set_as_a_whole() -> None:
     with pytest.raises(UserError, match=r"^train\.transforms: set one value of it, as train\.transforms\.NAME=VALUE"):
         experiment.run(model="", epochs=None, settings=["train.transforms={rotate: {limit: 10}}"])

@@ -58,11 +58,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Chain:
-    """Stands in for DVC: notes what it is called with, and writes what train and evaluate write."""
+    """Stands in for DVC: notes what it is called with, and writes what train and evaluate write.
+
+    As DVC's cache does, it trains nothing twice: a repetition has the first one's run.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.calls: list[tuple[list[str], config.Config, str]] = []
+        self.cache: dict[tuple[str, int], str] = {}
 
     def __call__(self, arguments: list[str]) -> int:
         wanted = config.load()
@@ -85,8 +89,14 @@ class Chain:
         weights.save_model(paths.trained(name) / "model.safetensors", net, card)
         Path("dvc.lock").write_text("changed")
         paths.CURVES.write_text(f"epoch,train/top1\n1,0.5\n2,{0.9 - seed / 100}\n")
+        if (name, seed) not in self.cache:
+            spool = self.folder / "spool"
+            trained = tracking.Run.start(experiment="thaw", name=f"{name}-{seed}", tags={}, spool=spool)
+            trained.finish("FINISHED")
+            self.cache[name, seed] = trained.id
         test = {"top1_error": ERRORS[name] + seed / 100}
-        paths.METRICS.write_text(json.dumps({"test": test, "run": {"id": f"{name}{seed}", "train_minutes": 1.5}}))
+        run = {"id": self.cache[name, seed], "train_minutes": 1.5}
+        paths.METRICS.write_text(json.dumps({"test": test, "run": run}))
         return 0
 
 
@@ -131,12 +141,42 @@ def test_results_are_written_with_their_verdict_and_the_rest_of_the_page_stays(c
 def test_all_runs_are_children_of_one_parent_that_another_start_takes_up(chain: Chain) -> None:
     study.run("tiny", size="small")
     study.run("tiny", size="small")
-    (parent,) = tracking.runs("thaw")
+    rows = tracking.runs("thaw")
+    (parent,) = (row for row in rows if "study" in row.tags)
     assert {called for _, _, called in chain.calls} == {parent.id}
+    assert {row.id for row in rows if row.tags.get("mlflow.parentRunId") == parent.id} == set(chain.cache.values())
+    assert len(rows) == 1 + 6
     assert parent.status == "FINISHED"
     assert parent.tags["study"] == "tiny"
     assert parent.metrics["resnet/test_error"] == pytest.approx(11.0)
     assert parent.params["data.name"] == "digits"
+
+
+def test_runs_that_another_study_made_stand_under_the_second_s_parent_too(chain: Chain) -> None:
+    study.run("tiny", size="small")
+    other = chain.folder / "experiments/other"
+    other.mkdir()
+    (other / "study.yaml").write_text(FILE)
+    page = chain.folder / "docs/experiments.md"
+    page.write_text(f"{page.read_text()}<!-- other: begin -->\n<!-- other: end -->\n")
+    for _ in range(2):
+        study.run("other", size="small")
+    rows = tracking.runs("thaw")
+    (parent,) = (row for row in rows if row.tags.get("study") == "other")
+    copies = [row for row in rows if row.tags.get("mlflow.parentRunId") == parent.id]
+    assert sorted(row.tags["copy_of"] for row in copies) == sorted(chain.cache.values())
+    assert {row.status for row in copies} == {"FINISHED"}
+    (resnet_0,) = (row for row in copies if row.name == "other-small-resnet-0")
+    assert resnet_0.metrics["test/top1"] == pytest.approx(0.9)
+
+
+def test_a_training_that_fails_ends_the_study_as_failed(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment, "dvc", lambda _: 255)
+    with pytest.raises(SystemExit) as stopped:
+        study.run("tiny", size="small")
+    assert stopped.value.code == 1
+    assert [row.status for row in tracking.runs("thaw")] == ["FAILED"]
+    assert (chain.folder / "params.yaml").read_bytes() == (ROOT / "params.yaml").read_bytes()
 
 
 def test_a_child_carries_its_parent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,6 +211,11 @@ def test_the_full_size_leaves_the_page_alone(chain: Chain) -> None:
         ("[[resnet, lenet]]", "[[resnet, lenett]]", r"pairs: lenett: no such variant; did you mean lenet"),
         ("scratch/lenet5", "scratch/lenet", r"study\.yaml: lenet: scratch/lenet: no such net; did you mean"),
         ("train.batch_size", "train.batchsize", r"study\.yaml: lenet: train\.batchsize: no such parameter"),
+        (
+            "data.name: digits",
+            "data.name: digits, augment.px: 16",
+            r"study\.yaml: lenet: scratch/lenet5 takes .* 32 px",
+        ),
         ("title: Two nets", "title: {", r"study\.yaml:\d+: not valid YAML"),
     ],
 )
