@@ -173,7 +173,7 @@ COMMANDS = {
         _study,
         (
             Argument("--name", "study to run: a folder of experiments/", default=""),
-            Argument("--size", "small (20 minutes on two cores) or full (the paper's)", default="small"),
+            Argument("--size", "small (some 20 minutes on two cores) or full (the paper's)", default="small"),
             Argument("--variants", "some of its variants alone; then no results are written", default=[], many=True),
         ),
     ),
