@@ -88,6 +88,20 @@ def _restore(args: argparse.Namespace) -> None:
     )
 
 
+def _schedule(args: argparse.Namespace) -> None:
+    from pipeline import config
+    from pipeline.analysis import schedule_view
+
+    schedule_view.run(config.load(overrides=config.parse_settings(args.set)), as_yaml=args.yaml)
+
+
+def _batch_size(args: argparse.Namespace) -> None:
+    from pipeline import config
+    from pipeline.training import memory
+
+    memory.run(config.load(overrides=config.parse_settings(args.set)))
+
+
 def _compare(args: argparse.Namespace) -> None:
     from pipeline import config
     from pipeline.analysis import compare
@@ -154,6 +168,19 @@ COMMANDS = {
             Argument("--epochs", "epochs of the last phase, in place of the file's", type=int),
             Argument("--set", "further parameters, as section.key=value", default=[], many=True),
         ),
+    ),
+    "schedule": Command(
+        "print the phases: how long, what learns, at which rates; trains nothing",
+        _schedule,
+        (
+            Argument("--yaml", "as phases that can stand under train.phases", type=bool, default=False),
+            Argument("--set", "parameters, as section.key=value", default=[], many=True),
+        ),
+    ),
+    "batch-size": Command(
+        "find the largest batch that the device's memory holds",
+        _batch_size,
+        (Argument("--set", "parameters, as section.key=value", default=[], many=True),),
     ),
     "summary": Command(
         "a net layer by layer: sizes, parameters, multiply-adds, memory; or nets side by side",
@@ -243,7 +270,7 @@ def _add(parser: argparse.ArgumentParser, argument: Argument) -> None:
 def _stop(number: int, _: FrameType | None) -> NoReturn:
     # Before Lightning sees the signal: it would end the stage with 0, and DVC would record a half-trained model.
     signal.signal(number, signal.SIG_IGN)
-    print(f"stopped by {signal.Signals(number).name}; nothing of this stage was kept", file=sys.stderr, flush=True)
+    print(f"stopped by {signal.Signals(number).name}; no file of this stage was changed", file=sys.stderr, flush=True)
     raise SystemExit(143)
 
 

@@ -1,207 +1,21 @@
-"""The only reader of params.yaml: typed, frozen, range-checked parameters.
+"""The only reader of params.yaml, whose sections and knobs stand in `parameters`.
 
-Every knob is a field with its meaning and unit in the docstring under it. A mistake in the file raises `UserError` with
-the file, the line, what is wrong and the nearest right name. A field marked `Operational` changes how a run is
-carried out (devices, workers) but not its result, so it is no `params` of a DVC stage.
+A mistake in the file raises `UserError` with the file, the line, what is wrong and the nearest right name.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError
 
 from pipeline import paths
-from pipeline.data.transforms import check as check_transforms
-from pipeline.errors import UserError, ValueAtError, nearest
+from pipeline.errors import UserError, nearest
 from pipeline.files import fresh_file
-
-
-class Marker(NamedTuple):
-    """Marks a field whose value changes no result."""
-
-    operational: bool
-
-
-Operational = Marker(operational=True)
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*$")]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Transforms = dict[str, dict[str, Any]]
-
-
-class Params(BaseModel):
-    """What every section has in common: frozen, no unknown keys, docstrings as descriptions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class DataParams(Params):
-    """Which pictures."""
-
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-    """Dataset, by its name in pipeline/data/catalog.py; `image_folder` takes the folder of `path`."""
-    path: str = "data/pictures"
-    """The folder that `image_folder` reads: train/ val/ test/ of class folders, or class folders alone."""
-
-
-class AugmentParams(Params):
-    """The split, the packing, and offline augmentation."""
-
-    px: int = Field(64, ge=8, le=1024)
-    """Shorter side of a packed picture, in pixels."""
-    train_size: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
-    """Training pictures, a stratified subset (validation's not counted), or all."""
-    val_fraction: float = Field(0.1, gt=0, lt=0.9)
-    """Validation pictures carved from the published train split: this share of it, or of `train_size`."""
-    test_fraction: float = Field(0.2, gt=0, lt=0.9)
-    """Test pictures carved first, where the publisher split nothing: this share of all."""
-    seed: Seed = 0
-    """Seed of the split and of the offline copies."""
-    copies: int = Field(0, ge=0, le=100)
-    """Offline-augmented copies packed per training picture; 0 for none."""
-    transforms: Transforms = {}
-    """What makes an offline copy: transforms by name, in order, each with its arguments."""
-    skip_unreadable: bool = False
-    """Leave out pictures that cannot be decoded in full (they are listed) in place of stopping."""
-
-    _transforms = field_validator("transforms")(check_transforms)
-
-    @model_validator(mode="after")
-    def _copies_differ(self) -> "AugmentParams":
-        if self.copies and not self.transforms:
-            raise ValueAtError("copies need an entry in augment.transforms, or they repeat the pictures", "copies")
-        return self
-
-
-class ModelParams(Params):
-    """Which net, and what it starts from."""
-
-    name: Name
-    """A timm net, or scratch/NAME for one of pipeline/nets (list them: make models)."""
-    pretrained: StrictBool | Literal["auto"] = "auto"
-    """true: pretrained weights or an error; false: random; auto: pretrained if any source has them, else random."""
-    weights: str = str(paths.NO_WEIGHTS)
-    """A file of weights for this net (.safetensors or .pth); the placeholder models/no-weights means none."""
-    in_chans: Literal[1, 3] = 3
-    """Channels that the net sees; grey pictures are repeated, colour ones turned to luma."""
-    drop_rate: Literal["auto"] | Annotated[float, Field(ge=0, lt=1)] = "auto"
-    """Dropout before the classifier, as a probability; auto for the net's own, 0 for none."""
-    drop_path_rate: Literal["auto"] | Annotated[float, Field(ge=0, lt=1)] = "auto"
-    """Stochastic depth, as the last block's probability, in nets that have it; auto for the net's own, 0 for none."""
-    stem: Literal["default", "cifar"] = "default"
-    """First layers: the net's own, or cifar for a 3x3 one that keeps small pictures whole, in nets that have it."""
-    recompute: bool = False
-    """Compute cheap layers again in the backward pass, to save memory, in the DenseNets written here."""
-
-
-class PhaseParams(Params):
-    """One phase of the schedule."""
-
-    epochs: int = Field(ge=1)
-    """Passes over the training pictures."""
-    trainable: Annotated[str, Field(pattern=r"^(head|all|last:[1-9][0-9]*)$")]
-    """What learns: head, last:N (the head and the last N blocks), or all."""
-    lr: float = Field(gt=0, le=100)
-    """Peak learning rate."""
-    scheduler: Literal["constant", "cosine", "onecycle"] = "onecycle"
-    """How the learning rate moves over the phase's steps."""
-
-
-class TrainParams(Params):
-    """The schedule and how it is carried out."""
-
-    seed: Seed = 0
-    """Seed of the head's initial weights, the order of pictures, augmentation and dropout."""
-    px: Literal["auto"] | Annotated[int, Field(ge=8, le=1024)] = "auto"
-    """Side of the square that the net sees, in pixels: at most augment.px, which `auto` takes."""
-    batch_size: int = Field(64, ge=1)
-    """Pictures per optimiser step, over all devices together."""
-    phases: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], PhaseParams] = Field(min_length=1)
-    """Phases by name, in order. Each starts from the best weights of the one before."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """AdamW, or SGD with Nesterov momentum 0.9."""
-    weight_decay: float = Field(0.01, ge=0)
-    """Weight decay of kernels; biases and norms have none."""
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Share of the target spread evenly over the classes."""
-    transforms: Transforms = {}
-    """Online augmentation: transforms by name, in order, each with its arguments."""
-    monitor: Literal["val/loss", "val/top1"] = "val/loss"
-    """What picks the best epoch and stops early."""
-    patience: int = Field(0, ge=0)
-    """Epochs without a better `monitor` before a phase ends early; 0 for never."""
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    """Lightning's precision."""
-    channels_last: bool = True
-    """Memory format NHWC: faster convolutions on most processors."""
-    fast_dev_run: bool = False
-    """One batch of everything, to see that it runs. The figures then mean nothing, and say so."""
-    gradient_norms: bool = False
-    """Note each layer's gradient norm once an epoch, in models/NET/train/gradients.csv."""
-    accelerator: Annotated[Literal["auto", "cpu", "gpu", "mps"], Operational] = "auto"
-    """Lightning's accelerator."""
-    devices: Annotated[Literal["auto"] | Annotated[int, Field(ge=1)], Operational] = 1
-    """Devices per node."""
-    num_nodes: Annotated[int, Field(ge=1), Operational] = 1
-    """Machines."""
-    strategy: Annotated[Literal["auto", "ddp"], Operational] = "auto"
-    """Lightning's strategy; more than one device takes ddp."""
-    workers: Annotated[int, Field(ge=0, le=64), Operational] = 0
-    """Data-loading processes; 0 loads in the training process."""
-
-    _transforms = field_validator("transforms")(check_transforms)
-
-
-class EvaluateParams(Params):
-    """How the test split is judged."""
-
-    batch_size: int = Field(256, ge=1)
-    """Pictures per forward pass."""
-    bootstrap: int = Field(1000, ge=100, le=100_000)
-    """Resamples behind the interval on top-1 accuracy."""
-    confidence: float = Field(0.95, gt=0.5, lt=1)
-    """Coverage of that interval."""
-    seed: Seed = 0
-    """Seed of the resamples."""
-
-
-class TrackingParams(Params):
-    """MLflow. The store is MLFLOW_TRACKING_URI if set, else a sqlite file in the repository."""
-
-    experiment: Annotated[str, Field(min_length=1), Operational] = "thaw"
-    """MLflow experiment that runs are filed under."""
-    log_model: Annotated[bool, Operational] = True
-    """Log the model itself, with signature and input example."""
-    system_metrics: Annotated[bool, Operational] = True
-    """Log processor, memory and disk use during training."""
-
-
-class Config(Params):
-    """The whole of params.yaml."""
-
-    data: DataParams
-    augment: AugmentParams
-    model: ModelParams
-    train: TrainParams
-    evaluate: EvaluateParams
-    tracking: TrackingParams
-
-    @model_validator(mode="after")
-    def _px_fits(self) -> "Config":
-        if self.train.px != "auto" and self.train.px > self.augment.px:
-            raise ValueAtError(
-                f"{self.train.px} is larger than augment.px, {self.augment.px}; raise that", "train", "px"
-            )
-        return self
-
-    @property
-    def px(self) -> int:
-        """Side of the square that the net sees, in pixels."""
-        return self.augment.px if self.train.px == "auto" else self.train.px
+from pipeline.parameters import Config, Params, PhaseParams
 
 
 def load(path: Path = paths.PARAMS, *, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -282,7 +96,8 @@ def _override(document: CommentedMap, dotted: str, value: Any) -> None:
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise UserError(f"{dotted}: no such parameter; {parent} is a single value")
+            mend = "; `python -m pipeline schedule --yaml` writes its phases out" if parent == "phases" else ""
+            raise UserError(f"{dotted}: no such parameter; {parent} is a single value{mend}")
     node[last] = value
 
 
@@ -301,7 +116,8 @@ def _plain(node: Any) -> Any:
 def _explain(error: ValidationError, document: CommentedMap, path: Path, *, overridden: tuple[str, ...]) -> str:
     """The first mistake of a failed validation as one line."""
     # A misspelt key is also a missing one: the misspelling is what to mend.
-    first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    found = [problem for problem in error.errors() if not _of_another_branch(problem)]
+    first = min(found, key=lambda problem: problem["type"] != "extra_forbidden")
     location = _location(first)
     keys = _document_path(document, location)
     line = _line(document, keys)
@@ -313,14 +129,29 @@ def _explain(error: ValidationError, document: CommentedMap, path: Path, *, over
         return f"{where}{dotted}: no such parameter{nearest(keys[-1], _fields_at(keys[:-1]))}"
     if first["type"] == "missing":
         return f"{where}{'.'.join(location)}: missing"
-    problems = [e for e in error.errors() if _document_path(document, _location(e)) == keys]
-    message = " or ".join(dict.fromkeys(_message(problem, dotted) for problem in problems))
+    problems = [e for e in found if _document_path(document, _location(e)) == keys]
+    message = " or ".join(dict.fromkeys(_message(problem, dotted) for problem in _telling(problems)))
     return f"{where}{dotted}: {message}" if dotted else f"{where}{message}"
 
 
 def _location(problem: Any) -> list[str]:
     cause = problem.get("ctx", {}).get("error")
-    return [str(part) for part in (*problem["loc"], *getattr(cause, "at", ()))]
+    parts = [str(part) for part in (*problem["loc"], *getattr(cause, "at", ()))]
+    return [part for part in parts if not part.startswith(("dict[", "literal["))]  # which branch of a union it was
+
+
+def _of_another_branch(problem: Any) -> bool:
+    """Whether a mapping is said not to be a name: its own mistakes stand beside that."""
+    return problem["type"] == "literal_error" and isinstance(problem["input"], dict)
+
+
+def _telling(problems: list[Any]) -> list[Any]:
+    """Of what the branches of a union say, what helps: of names where a word stands there, else of numbers."""
+    names = [problem for problem in problems if problem["type"] == "literal_error"]
+    others = [problem for problem in problems if problem["type"] != "literal_error"]
+    if not names or not others:
+        return names or others
+    return names if isinstance(names[0]["input"], str) else others
 
 
 def _message(problem: Any, dotted: str) -> str:
@@ -333,7 +164,7 @@ def _message(problem: Any, dotted: str) -> str:
         return str(problem["ctx"]["error"])
     if problem["type"] == "string_pattern_mismatch" and dotted.endswith("trainable"):
         hint = nearest(str(problem["input"]), ["head", "all", "last:1"])
-        return f"{problem['input']!r} is not head, last:N or all{hint}"
+        return f"{problem['input']!r} is not head, last:N, from:MODULE, params:NAME or all{hint}"
     return f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config, nets, paths
-from pipeline.config import Config
 from pipeline.data import catalog
 from pipeline.errors import UserError, blaming
 from pipeline.files import fresh_file
+from pipeline.parameters import Config
 
 
 def run(*, model: str, epochs: int | None, settings: list[str]) -> None:
@@ -53,6 +53,8 @@ def check_names(wanted: Config) -> None:
     catalog.get(wanted.data.name)
     if not Path(wanted.data.path).exists():
         raise UserError(f"{wanted.data.path}: no such folder; put class folders there", parameter="data.path")
+    if not Path(wanted.train.teacher).exists():
+        raise UserError(f"{wanted.train.teacher}: no such model", parameter="train.teacher")
     if not Path(wanted.model.weights).exists():
         raise UserError(f"{wanted.model.weights}: no such file of weights", parameter="model.weights")
     # What the weights stage has been through is known; asking timm takes seconds.
@@ -140,7 +142,9 @@ def _overrides(before: Config, *, model: str, epochs: int | None, settings: list
     if model:
         overrides["model.name"] = model
     if epochs is not None:
-        overrides[f"train.phases.{list(before.train.phases)[-1]}.epochs"] = epochs
+        phases = overrides.get("train.phases", before.train.phases)
+        last = "train" if isinstance(phases, str) else f"train.phases.{list(phases)[-1]}"
+        overrides[f"{last}.epochs"] = epochs
     return overrides
 
 

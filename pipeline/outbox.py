@@ -4,7 +4,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,19 +74,27 @@ class Spool:
         self.waiting: list[Point] = []
         """Points not yet acknowledged, oldest first."""
         self._sent = 0
+        self._known: set[tuple[int, frozenset[str]]] = set()
         lines = _lines(path)
         if lines[:1] != [{"run": run_id}]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"{json.dumps({'run': run_id})}\n", encoding="utf-8")
             return
         self._sent = max((line["sent"] for line in lines if "sent" in line), default=0)
-        self.waiting = [Point(*line["point"]) for line in lines if "point" in line][self._sent :]
+        points = [Point(*line["point"]) for line in lines if "point" in line]
+        self._known = {(point.step, frozenset(point.metrics)) for point in points}
+        self.waiting = points[self._sent :]
         self._append("")  # ends a line that was cut short
 
     def add(self, point: Point) -> None:
         """Keeps a point until it is acknowledged."""
         self._append(json.dumps({"point": point}))
+        self._known.add((point.step, frozenset(point.metrics)))
         self.waiting.append(point)
+
+    def knows(self, step: int, names: Iterable[str]) -> bool:
+        """Whether a point of this step and these names has been added, by this process or one before."""
+        return (step, frozenset(names)) in self._known
 
     def acknowledge(self, count: int) -> None:
         """The first `count` points that wait have arrived."""

@@ -20,9 +20,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
 from pipeline import config, experiment, paths, tracking
-from pipeline.config import Config, Params
 from pipeline.errors import UserError, nearest
 from pipeline.files import fresh_file
+from pipeline.parameters import Config, Params
 
 FOLDER = Path("experiments")
 Size = Literal["small", "full"]

@@ -182,9 +182,14 @@ class Run:
         entries = [RunTag(key, value) for key, value in tags.items()]
         self._outbox.do("tags", partial(self._client.log_batch, self.id, tags=entries))
 
-    def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Metrics of one step, stamped with the present; names as `test/top1`, since MLflow strips `@`."""
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int, once: bool = False) -> None:
+        """Metrics of one step, stamped with the present; names as `test/top1`, since MLflow strips `@`.
+
+        With `once`, what this run has logged of these names at this step, before a stop perhaps, is not logged again.
+        """
         assert not any("@" in name for name in metrics)
+        if once and self._spool.knows(step, metrics):
+            return
         self._spool.add(Point(int(time.time() * 1000), step, {name: float(value) for name, value in metrics.items()}))
         if not self._outbox.rests and time.monotonic() >= self._next_send:
             self._send()

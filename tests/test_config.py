@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import config
+from pipeline import config, parameters
 from pipeline.errors import UserError
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
@@ -22,13 +22,13 @@ def _edited(tmp_path: Path, old: str, new: str) -> Path:
 
 def test_the_shipped_file_has_every_parameter() -> None:
     loaded = config.load(PARAMS)
-    for name, section in config.Config.model_fields.items():
+    for name, section in parameters.Config.model_fields.items():
         assert section.annotation is not None
         assert getattr(loaded, name).model_fields_set == set(section.annotation.model_fields), name
 
 
 def test_every_parameter_is_documented() -> None:
-    for model in (*[f.annotation for f in config.Config.model_fields.values()], config.PhaseParams):
+    for model in (*[f.annotation for f in parameters.Config.model_fields.values()], parameters.PhaseParams):
         assert model is not None
         for name, field in model.model_fields.items():
             assert field.description, f"{model.__name__}.{name}"
@@ -43,13 +43,15 @@ def test_every_parameter_is_documented() -> None:
         ("horizontal_flip:", "horizontal_flp:", "no such transform; did you mean horizontal_flip?"),
         ("{p: 0.5}", "{pp: 0.5}", "train.transforms.horizontal_flip.pp: no such argument; did you mean p?"),
         ("{p: 0.5}", "{p: 1.5}", "less than or equal to 1, got 1.5"),
-        ("trainable: head ", "trainable: heads ", "'heads' is not head, last:N or all; did you mean head?"),
+        ("trainable: head ", "trainable: heads ", "'heads' is not head, last:N, from:MODULE, params:NAME or all; did"),
         ("precision: 32-true", "precision: bf16-mixd", "did you mean bf16-mixed"),
         ("px: auto", "px: 128", "train.px: 128 is larger than augment.px, 64"),
         ("copies: 0", "copies: 2", "augment.copies: copies need an entry in augment.transforms"),
         ("pretrained: auto", "pretrained: atuo", "'atuo' is not 'auto'; did you mean auto?"),
         ("epochs: 1 ", "epochs: 0 ", "train.phases.frozen.epochs: input should be greater than or equal to 1, got 0"),
-        ("      lr: 3.0e-3 ", "      lr: .nan ", "train.phases.frozen.lr: input should be"),
+        ("  lr: 3.0e-3 ", "  lr: .nan ", "train.lr: input should be"),
+        ("      epochs: 1 ", "      lr: -1.0 ", "train.phases.frozen.lr: input should be greater than 0, got -1.0"),
+        ("  scheduler: onecycle ", "  scheduler: onecyle ", "did you mean onecycle?"),
     ],
 )
 def test_a_mistake_is_named_with_its_line_and_the_right_name(tmp_path: Path, old: str, new: str, expected: str) -> None:
@@ -67,7 +69,15 @@ def test_a_mistake_is_named_with_its_line_and_the_right_name(tmp_path: Path, old
 
 
 def test_a_float_in_exponent_notation_is_a_float(tmp_path: Path) -> None:
-    assert config.load(_edited(tmp_path, "lr: 3.0e-3", "lr: 1e-3")).train.phases["frozen"].lr == 1e-3
+    assert config.load(_edited(tmp_path, "lr: 3.0e-3", "lr: 1e-3")).train.lr == 1e-3
+
+
+def test_phases_may_be_the_name_of_a_schedule() -> None:
+    assert config.load(PARAMS, overrides={"train.phases": "bitfit"}).train.phases == "bitfit"
+    with pytest.raises(UserError, match=r"train.phases: 'gradual' is not 'linear_probe', .* or 'bitfit'"):
+        config.load(PARAMS, overrides={"train.phases": "gradual"})
+    with pytest.raises(UserError, match=r"phases is a single value; `python -m pipeline schedule --yaml` writes"):
+        config.load(PARAMS, overrides={"train.phases": "bitfit", "train.phases.frozen.epochs": 2})
 
 
 def test_no_default_is_null() -> None:

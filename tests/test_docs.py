@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline import config, study
+from pipeline import config, parameters, study
 from pipeline.__main__ import COMMANDS
 from pipeline.data.catalog import DATASETS
 from pipeline.data.transforms import TRANSFORMS
@@ -23,14 +23,12 @@ def _parameters() -> list[str]:
     """A row of docs/parameters.md for every parameter: name, what params.yaml says, meaning."""
     shipped = YAML(typ="safe").load(ROOT / "params.yaml")
     rows = []
-    for section, field in config.Config.model_fields.items():
+    for section, field in parameters.Config.model_fields.items():
         assert field.annotation is not None
         for name, knob in field.annotation.model_fields.items():
             value = "see below" if name == "phases" else f"`{_plain(shipped[section][name])}`"
             rows.append(f"| `{section}.{name}` | {value} | {_meaning(knob)} |")
-    phase = shipped["train"]["phases"]["finetune"]
-    rows += [f"| `{name}` | `{_plain(phase[name])}` | {_meaning(knob)} |" for name, knob in _phase().items()]
-    return rows
+    return rows + [f"| `{name}` | {_default(knob)} | {_meaning(knob)} |" for name, knob in _phase().items()]
 
 
 def _transforms() -> list[str]:
@@ -46,7 +44,11 @@ def _transforms() -> list[str]:
 
 
 def _phase() -> dict[str, Any]:
-    return dict(config.PhaseParams.model_fields)
+    return dict(parameters.PhaseParams.model_fields)
+
+
+def _default(field: Any) -> str:
+    return "needed" if field.is_required() else f"`{_plain(field.default)}`"
 
 
 def _plain(value: object) -> str:
@@ -66,7 +68,9 @@ def test_every_parameter_stands_in_the_table_as_its_docstring_has_it(row: str) -
 
 def test_the_table_has_no_parameter_that_is_gone() -> None:
     rows = [line for line in PARAMETERS.splitlines() if line.startswith("| `")]
-    assert sorted(rows) == sorted([*_parameters(), *_transforms()])
+    schedules = [row for row in rows if row.split("`")[1] in get_args(parameters.ScheduleName)]
+    assert len(schedules) == len(get_args(parameters.ScheduleName))
+    assert sorted(set(rows) - set(schedules)) == sorted([*_parameters(), *_transforms()])
 
 
 def test_the_readme_names_every_dataset_and_command() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline import config
+from pipeline import parameters
 
 ROOT = Path(__file__).parents[1]
 STAGES: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
@@ -74,11 +74,11 @@ def test_deps_are_the_modules_that_the_stage_imports(stage: str) -> None:
 
 def test_every_parameter_that_changes_a_result_is_some_stages_param_and_no_other_is() -> None:
     listed = {param for stage in STAGES.values() for param in stage["params"]}
-    for section, field in config.Config.model_fields.items():
+    for section, field in parameters.Config.model_fields.items():
         assert field.annotation is not None
         for name, knob in field.annotation.model_fields.items():
             dotted = f"{section}.{name}"
-            operational = config.Operational in knob.metadata
+            operational = parameters.Operational in knob.metadata
             assert (section in listed or dotted in listed) != operational, dotted
 
 

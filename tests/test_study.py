@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import config, experiment, nets, paths, study, tracking
+from pipeline import config, experiment, nets, parameters, paths, study, tracking
 from pipeline.analysis import study_report
 from pipeline.errors import UserError
 from pipeline.training import weights
@@ -65,7 +65,7 @@ class Chain:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.calls: list[tuple[list[str], config.Config, str]] = []
+        self.calls: list[tuple[list[str], parameters.Config, str]] = []
         self.cache: dict[tuple[str, int], str] = {}
 
     def __call__(self, arguments: list[str]) -> int:

@@ -74,7 +74,7 @@ def curves(rows: pd.DataFrame, path: Path) -> Path:
     panels[1].set_xlabel("epoch", fontsize=12)
     panels[1].set_xlim(rows["epoch"].min() - 0.5, rows["epoch"].max() + 0.5)
     panels[1].xaxis.set_major_locator(MaxNLocator(nbins=20, integer=True, min_n_ticks=1))
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def confusion(matrix: npt.NDArray[np.int64], classes: Sequence[str], path: Path) -> Path:
@@ -113,7 +113,7 @@ def confusion(matrix: npt.NDArray[np.int64], classes: Sequence[str], path: Path)
         _class_ticks(axes, classes, width=0.75 * width)
     if numbered:
         _numbers(axes, percent, size=12 if count <= 10 else 9)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def grid(pictures: Sequence[npt.NDArray[np.uint8]], titles: Sequence[str], path: Path, *, columns: int) -> Path:
@@ -141,7 +141,7 @@ def grid(pictures: Sequence[npt.NDArray[np.uint8]], titles: Sequence[str], path:
         axes.set_title(
             _cut(title, int((cell - gap) / (LETTER * size))), fontsize=size, color=INK, pad=3, parse_math=False
         )
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def groups(values: Mapping[str, Sequence[float]], path: Path, *, label: str) -> Path:
@@ -165,7 +165,7 @@ def groups(values: Mapping[str, Sequence[float]], path: Path, *, label: str) -> 
         text.set_parse_math(False)
     axes.set_ylim(len(values) - 0.5, -0.5)
     axes.set_xlabel(f"{label} (dots: seeds; line: mean)", fontsize=12)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def series(
@@ -195,7 +195,7 @@ def series(
     axes.set_xlabel(x_label, fontsize=12)
     axes.set_ylabel(f"{label} (dots: seeds; line: mean)", fontsize=12)
     axes.legend(fontsize=11, frameon=False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def by_depth(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path, *, label: str) -> Path:
@@ -218,7 +218,7 @@ def by_depth(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path, *,
         axes.set_xlabel("place in the net: 0 first layer, 1 classifier", fontsize=12)
     drawn[0].set_ylabel(label, fontsize=12)
     drawn[0].legend(fontsize=11, frameon=False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _colours(count: int) -> list[str]:
@@ -308,7 +308,8 @@ def _cut(text: str, letters: int) -> str:
     return text if len(text) <= letters else f"{text[: letters - 1 - tail]}…{text[len(text) - tail :]}"
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Writes a figure as PNG, whole or not at all."""
     with fresh_file(path) as beside:
         figure.savefig(beside, format="png", dpi=DPI)
     return path

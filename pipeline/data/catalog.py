@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.data import sources
 from pipeline.data.decode import SUFFIXES, decode
-from pipeline.data.formats import check_labels, damaged, read_cifar10, read_idx
+from pipeline.data.formats import check_labels, damaged, read_cifar10, read_groups, read_idx
 from pipeline.data.sources import DebianPackage, File, Installed, Log, Publisher, Source
 from pipeline.errors import UserError, nearest
 
@@ -33,6 +33,8 @@ class Item(NamedTuple):
     """Index into the classes."""
     split: Split
     """The publisher's; empty where the publisher split nothing."""
+    group: str = ""
+    """Patient, animal or burst, whose pictures stay on one side of every split; empty for a group of its own."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,8 @@ def _in_memory(pixels: np.ndarray, labels: np.ndarray, *, classes: tuple[str, ..
 
 _SKIPPED = "skipped.txt"
 """Kept beside the pictures: what was left out of the copy, one `path: reason` a line."""
+_GROUPS = "groups.csv"
+"""The user's own, beside the class folders: which pictures belong together."""
 
 
 class _File(NamedTuple):
@@ -172,13 +176,14 @@ def _fetch_folder(raw: Path, *, path: Path, state: Path, log: Log) -> None:  # n
         )
     files, skipped = _scan(path)
     _check_classes(path, files)
-    for file in files:
-        target = raw / file.key
+    grouped = _group_of(path, files, skipped)
+    for key in [*(file.key for file in files), *([_GROUPS] if grouped else [])]:
+        target = raw / key
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            shutil.copyfile(path / file.key, target)
+            shutil.copyfile(path / key, target)
         except PermissionError:
-            raise UserError(f"{path / file.key}: may not be read; mend its permissions") from None
+            raise UserError(f"{path / key}: may not be read; mend its permissions") from None
     if skipped:
         (raw / _SKIPPED).write_text("\n".join(skipped) + "\n", encoding="utf-8")
         more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
@@ -191,14 +196,22 @@ def _open_folder(raw: Path) -> Pictures:
     number = {name: index for index, name in enumerate(classes)}
     # train/ and val/ alone: val/ is what the publisher's figures are quoted on, so it is the test split.
     as_test: Split = "val" if not any(file.split == "test" for file in files) else "test"
-    items = [Item(file.key, number[file.label], "test" if file.split == as_test else file.split) for file in files]
-    skipped = raw / _SKIPPED
-    return Pictures(
-        classes,
-        items,
-        load=lambda index: decode(raw / items[index].key),
-        skipped=tuple(skipped.read_text(encoding="utf-8").splitlines()) if skipped.exists() else (),
-    )
+    noted = raw / _SKIPPED
+    skipped = noted.read_text(encoding="utf-8").splitlines() if noted.exists() else []
+    group_of = _group_of(raw, files, skipped)
+    items = [
+        Item(key, number[label], "test" if split == as_test else split, group_of.get(key, ""))
+        for split, label, key in files
+    ]
+    return Pictures(classes, items, load=lambda index: decode(raw / items[index].key), skipped=tuple(skipped))
+
+
+def _group_of(folder: Path, files: list[_File], skipped: list[str]) -> dict[str, str]:
+    """Each picture's group, by its key; nothing where the folder has no list of groups."""
+    path = folder / _GROUPS
+    if not path.exists():
+        return {}
+    return read_groups(path, pictures=[file.key for file in files], skipped=skipped)
 
 
 def _scan(folder: Path) -> tuple[list[_File], list[str]]:

@@ -1,10 +1,12 @@
 """Batches from the packed store, the same whatever the number of workers or ranks.
 
 A sampler's item is a whole batch: a list of (epoch, index) pairs. The epoch travels with the index, so the random
-version of a picture depends on (seed, epoch, index) alone and never on which process makes it.
+version of a picture depends on (seed, epoch, index) alone and never on which process makes it. The training loader
+tells how far it is and goes on from there, so that a training stopped in mid-epoch sees the rest of that epoch.
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import lightning as L
@@ -23,8 +25,13 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 class Batches(Sampler[list[tuple[int, int]]]):
     """The batches of one epoch, as this rank sees them.
 
-    A global batch is cut into equal slices, one a rank; a last batch that does not divide is filled up from its own
-    start, so that every rank makes the same number of steps with the same number of pictures.
+    A global batch is cut into equal slices, one a rank, and each into `parts`, which are batches of their own; a last
+    batch that does not divide is filled up from its own start, so that every rank makes the same number of steps with
+    the same number of pictures.
+
+    Args:
+        labels: of `indices`, for epochs that are balanced: as many pictures in all, every class as often (a picture
+            twice only where its class has no other left); None for each picture once.
     """
 
     def __init__(
@@ -36,33 +43,60 @@ class Batches(Sampler[list[tuple[int, int]]]):
         shuffle: bool = False,
         rank: int = 0,
         world: int = 1,
+        parts: int = 1,
+        labels: np.ndarray | None = None,
     ) -> None:
-        assert batch_size % world == 0, (batch_size, world)
+        assert batch_size % (world * parts) == 0, (batch_size, world, parts)
         self._indices, self._batch_size, self._seed, self._shuffle = indices, batch_size, seed, shuffle
-        self._rank, self._world = rank, world
+        self._rank, self._world, self._parts, self._labels = rank, world, parts, labels
         self._first_epoch = 0
-        self._epoch = 0
+        self.epoch = 0
+        self.skip = 0
+        """Batches that the next pass leaves out at its beginning."""
 
     def start_at(self, epoch: int) -> None:
         """Epochs count on across phases, so that no phase repeats another's order or augmentation."""
-        self._first_epoch = self._epoch = epoch
+        self._first_epoch = self.epoch = epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning with the epoch within the phase."""
-        self._epoch = self._first_epoch + epoch
+        self.epoch = self._first_epoch + epoch
 
     def __len__(self) -> int:
-        return -(-len(self._indices) // self._batch_size)
+        return -(-len(self._indices) // self._batch_size) * self._parts
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = self._indices
-        if self._shuffle:
-            order = np.random.default_rng((self._seed, self._epoch)).permutation(order)
+        # With the first batch and not before: a DataLoader with workers makes two iterators and uses one.
+        skip, self.skip = self.skip, 0
+        yield from islice(self._all(), skip, None)
+
+    def _all(self) -> Iterator[list[tuple[int, int]]]:
+        order = self._order()
         for start in range(0, len(order), self._batch_size):
             batch = order[start : start + self._batch_size]
-            share = -(-len(batch) // self._world)
-            mine = np.resize(batch, share * self._world)[self._rank * share : (self._rank + 1) * share]
-            yield [(self._epoch, int(index)) for index in mine]
+            pieces = self._world * self._parts
+            share = -(-len(batch) // pieces)
+            filled = np.resize(batch, share * pieces)
+            for part in range(self._rank * self._parts, (self._rank + 1) * self._parts):
+                yield [(self.epoch, int(index)) for index in filled[part * share : (part + 1) * share]]
+
+    def _order(self) -> np.ndarray:
+        if not self._shuffle:
+            return self._indices
+        draw = np.random.default_rng((self._seed, self.epoch))
+        if self._labels is None:
+            return draw.permutation(self._indices)
+        classes = draw.permutation(np.unique(self._labels))
+        shares = np.full(len(classes), len(self._indices) // len(classes))
+        shares[: len(self._indices) % len(classes)] += 1
+        return draw.permutation(
+            np.concatenate([self._drawn(draw, label, share) for label, share in zip(classes, shares, strict=True)])
+        )
+
+    def _drawn(self, draw: np.random.Generator, label: int, share: int) -> np.ndarray:
+        mine = self._indices[self._labels == label]
+        rounds = [draw.permutation(mine) for _ in range(-(-share // len(mine)))]
+        return np.concatenate(rounds)[:share] if rounds else mine[:0]
 
 
 class Pictures(Dataset[Batch]):
@@ -92,13 +126,43 @@ class Pictures(Dataset[Batch]):
         return self._augment(picture, seed=(self._seed, epoch, index))
 
 
+class TrainLoader(DataLoader[Batch]):
+    """Tells how many batches of which epoch it has handed out, and goes on from there: Lightning keeps its state."""
+
+    _handed_out = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self._batches.epoch, "batches": self._handed_out}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        # Now, and not when Lightning says the epoch: workers begin with the next batches before that.
+        self._batches.epoch, self._batches.skip = state["epoch"], state["batches"]
+        self._handed_out = state["batches"]
+
+    def __iter__(self) -> Any:
+        self._handed_out = self._batches.skip
+        return self._counted(super().__iter__())
+
+    @property
+    def _batches(self) -> Batches:
+        assert isinstance(self.sampler, Batches)
+        return self.sampler
+
+    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self._handed_out = (self._handed_out + 1) % len(self)
+            yield batch
+
+
 class PictureData(L.LightningDataModule):
-    """Training, validation and test batches of a packed store.
+    """Training and validation batches of a packed store.
 
     Args:
         px: side of the square that the net sees, in pixels.
         batch_size: pictures per optimiser step over all ranks.
-        chosen: online augmentation, transforms by name.
+        parts: batches that one optimiser step is computed in.
+        chosen: online augmentation, transforms by name; `strength` multiplies their probabilities.
+        balanced: every class as often in an epoch.
         first_epoch: epochs trained before, in earlier phases.
     """
 
@@ -112,45 +176,54 @@ class PictureData(L.LightningDataModule):
         chosen: Mapping[str, Mapping[str, Any]],
         seed: int,
         workers: int,
+        parts: int = 1,
+        strength: float = 1.0,
+        balanced: bool = False,
         first_epoch: int = 0,
     ) -> None:
         super().__init__()
-        self._store, self._batch_size, self._seed, self._workers = store, batch_size, seed, workers
+        self._store, self._batch_size, self._parts = store, batch_size, parts
+        self._seed, self._workers, self._balanced = seed, workers, balanced
         self._first_epoch = first_epoch
-        self._training = Pictures(store, px=px, in_chans=in_chans, seed=seed, chosen=chosen)
+        weaker = transforms.weakened(chosen, strength=strength)
+        self._training = Pictures(store, px=px, in_chans=in_chans, seed=seed, chosen=weaker)
         self._plain = Pictures(store, px=px, in_chans=in_chans)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         rank, world = self._place()
-        if self._batch_size % world:
+        pieces = world * self._parts
+        if self._batch_size % pieces:
             raise UserError(
-                f"train.batch_size {self._batch_size} is shared by {world} processes and does not divide; "
-                f"use {self._batch_size // world * world or world}"
+                f"train.batch_size {self._batch_size} is shared by {world} processes in {self._parts} parts each and "
+                f"does not divide; use {self._batch_size // pieces * pieces or pieces}"
             )
+        indices = self._store.indices("train")
         batches = Batches(
-            self._store.indices("train"),
+            indices,
             batch_size=self._batch_size,
             seed=self._seed,
             shuffle=True,
             rank=rank,
             world=world,
+            parts=self._parts,
+            labels=self._store.labels[indices] if self._balanced else None,
         )
         batches.start_at(self._first_epoch)
-        return self._loader(self._training, batches)
+        return self._loader(TrainLoader, self._training, batches)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         rank, world = self._place()
         indices = self._store.indices("val")
         if len(indices) < world:
             raise UserError(f"{len(indices)} validation pictures for {world} processes; raise augment.val_fraction")
-        mine = indices[rank::world]
-        return self._loader(self._plain, Batches(mine, batch_size=max(1, self._batch_size // world)))
+        batches = Batches(indices[rank::world], batch_size=max(1, self._batch_size // (world * self._parts)))
+        return self._loader(DataLoader, self._plain, batches)
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _loader(self, pictures: Pictures, batches: Batches) -> DataLoader[Batch]:
-        return DataLoader(
+    def _loader(self, kind: type[DataLoader[Batch]], pictures: Pictures, batches: Batches) -> DataLoader[Batch]:
+        return kind(
             pictures,
             sampler=batches,
             batch_size=None,

@@ -1,16 +1,18 @@
 """The file formats that published datasets come in, read into arrays and checked. Raw files are never trusted."""
 
+import csv
 import math
 import pickle
 import tarfile
 import zlib
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, nearest
 
 
 def read_idx(path: Path, *, ndim: int) -> np.ndarray:
@@ -88,6 +90,42 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     if content is None:
         raise tarfile.ReadError(f"{member.name} is a link or a device, not a file")
     return content.read()
+
+
+def read_groups(path: Path, *, pictures: Sequence[str], skipped: Sequence[str]) -> dict[str, str]:
+    """Each picture's group from a table `file,group`; an empty group is a group of its own.
+
+    Args:
+        pictures: the files that must be in it, with forward slashes, relative to its folder.
+        skipped: files that were left out, each `path: reason`; they may be in it.
+
+    Raises:
+        UserError: another header, a row of other than two columns, a file twice, one that is no picture of the folder,
+            or pictures that are missing.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets begin with a byte order mark
+            reader = csv.reader(file)
+            lines = [(reader.line_num, row) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as a table in UTF-8: {error}") from None
+    header = ",".join(lines[0][1]) if lines else ""
+    if header != "file,group":
+        raise UserError(f"{path}:1: the header is {header!r}; it must be file,group")
+    known, group_of = set(pictures), dict[str, str]()
+    for line, row in lines[1:]:
+        if len(row) != 2:
+            raise UserError(f"{path}:{line}: {len(row)} columns; it must be two, file,group")
+        name, group = row[0], row[1].strip()
+        if name in group_of:
+            raise UserError(f"{path}:{line}: {name} stands there twice; keep one row")
+        if name not in known and not any(reason.startswith(f"{name}: ") for reason in skipped):
+            raise UserError(f"{path}:{line}: {name}: no such picture in {path.parent}{nearest(name, pictures)}")
+        group_of[name] = group
+    missing = [name for name in pictures if name not in group_of]
+    if missing:
+        raise UserError(f"{path}: {len(missing)} pictures are not in it, the first {missing[0]}; give each a row")
+    return group_of
 
 
 def check_labels(labels: np.ndarray, pixels: np.ndarray, *, classes: tuple[str, ...], path: Path) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import AugmentParams
 from pipeline.data import splits, store
-from pipeline.data.catalog import Pictures
+from pipeline.data.catalog import Item, Pictures
 from pipeline.data.decode import shrink
 from pipeline.data.store import Row
 from pipeline.data.transforms import Augmenter, to_channels
 from pipeline.errors import UserError
+from pipeline.parameters import AugmentParams
 
 WINDOW = 512
 """Pictures decoded ahead of the writer: bounds the memory that a large dataset takes."""
@@ -27,6 +27,7 @@ def pack(folder: Path, pictures: Pictures, *, dataset: str, channels: int, param
     split_of = splits.assign(
         [item.label for item in pictures.items],
         [item.split for item in pictures.items],
+        groups=[item.group for item in pictures.items],
         train_size=params.train_size,
         val_fraction=params.val_fraction,
         test_fraction=params.test_fraction,
@@ -44,11 +45,11 @@ def pack(folder: Path, pictures: Pictures, *, dataset: str, channels: int, param
                 continue
             item, split = pictures.items[index], split_of[index]
             whole = to_channels(picture, channels)
-            yield _row(item.key, split, item.label, 0, whole), whole
+            yield _row(item, split, 0, whole), whole
             if augment and split == "train":
                 for copy in range(1, params.copies + 1):
                     version = augment(whole, seed=(params.seed, copy, index))
-                    yield _row(item.key, split, item.label, copy, version), version
+                    yield _row(item, split, copy, version), version
 
     store.write(
         folder,
@@ -61,8 +62,8 @@ def pack(folder: Path, pictures: Pictures, *, dataset: str, channels: int, param
     )
 
 
-def _row(key: str, split: str, label: int, copy: int, picture: np.ndarray) -> Row:
-    return Row(key, split, label, copy, picture.shape[0], picture.shape[1])
+def _row(item: Item, split: str, copy: int, picture: np.ndarray) -> Row:
+    return Row(item.key, split, item.label, copy, picture.shape[0], picture.shape[1], item.group)
 
 
 def _decode_all(pictures: Pictures, wanted: list[int], px: int) -> Iterator[tuple[int, np.ndarray | UserError]]:

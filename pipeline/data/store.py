@@ -10,9 +10,10 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,6 +35,8 @@ class Row(NamedTuple):
     """0 for the picture itself, k for its k-th offline-augmented copy."""
     height: int
     width: int
+    group: str = ""
+    """Patient, animal or burst that it comes from; empty for a group of its own."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,15 @@ class Meta:
 class Store:
     """A packed store, read-only.
 
+    Args:
+        splits: of each row, in place of what the manifest says, for another division of the same pictures.
+
     Raises:
         UserError: the folder holds no whole store.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, splits: tuple[str, ...] | None = None) -> None:
+        self.folder, self._splits = folder, splits
         try:
             facts = json.loads((folder / META).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -68,9 +74,11 @@ class Store:
         self.meta = Meta(**{**facts, "classes": tuple(facts["classes"]), "skipped": tuple(facts["skipped"])})
         with (folder / MANIFEST).open(encoding="utf-8", newline="") as file:
             self.rows = [
-                Row(key, split, int(label), int(copy), int(height), int(width))
-                for key, split, label, copy, height, width in islice(csv.reader(file), 1, None)
+                Row(key, split, int(label), int(copy), int(height), int(width), group)
+                for key, split, label, copy, height, width, group in islice(csv.reader(file), 1, None)
             ]
+        if splits is not None:
+            self.rows = [row._replace(split=split) for row, split in zip(self.rows, splits, strict=True)]
         self.labels = np.array([row.label for row in self.rows], dtype=np.int64)
         sizes = np.array([row.height * row.width * self.meta.channels for row in self.rows], dtype=np.int64)
         self._offsets = np.concatenate([[0], np.cumsum(sizes)])
@@ -78,9 +86,9 @@ class Store:
         if len(self._bytes) != self._offsets[-1]:
             raise UserError(f"{folder / PICTURES}: damaged (wrong length); run `dvc repro -f augment`")
 
-    def __reduce__(self) -> tuple[type["Store"], tuple[Path]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         # A memory map would be pickled as a copy of every picture: a worker opens the file itself.
-        return Store, (self.folder,)
+        return partial(Store, splits=self._splits), (self.folder,)
 
     def __len__(self) -> int:
         return len(self.rows)

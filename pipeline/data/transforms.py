@@ -215,6 +215,13 @@ def _parse(name: str, arguments: Mapping[str, Any]) -> Transform:
         raise ValueAtError(message, name, key) from None
 
 
+def weakened(chosen: Mapping[str, Mapping[str, Any]], *, strength: float) -> dict[str, dict[str, Any]]:
+    """The chosen transforms with every probability multiplied by `strength`; none at 0."""
+    if strength == 0:
+        return {}
+    return {name: {**arguments, "p": _parse(name, arguments).p * strength} for name, arguments in chosen.items()}
+
+
 class Augmenter:
     """A chain of chosen transforms.
 

@@ -4,10 +4,10 @@ from collections import defaultdict
 
 from pipeline import paths
 from pipeline.analysis import plots
-from pipeline.config import Config
 from pipeline.data import catalog, packing
 from pipeline.data.store import Store
 from pipeline.files import fresh_folder
+from pipeline.parameters import Config
 
 PREVIEW_CLASSES, PREVIEW_COLUMNS = 12, 8
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from filelock import FileLock
 
 from pipeline import paths
-from pipeline.config import Config
 from pipeline.data import catalog
 from pipeline.data.catalog import Pictures
 from pipeline.files import fresh_folder
+from pipeline.parameters import Config
 
 
 def run(config: Config) -> None:

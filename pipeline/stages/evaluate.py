@@ -11,11 +11,11 @@ import torch
 from pipeline import paths, provenance, tracking
 from pipeline.analysis import inference, metrics, plots, report
 from pipeline.analysis.metrics import Evaluation
-from pipeline.config import Config
 from pipeline.data import datamodule
 from pipeline.data.store import Store
 from pipeline.errors import UserError
 from pipeline.files import fresh_file, fresh_folder
+from pipeline.parameters import Config
 from pipeline.training import weights
 from pipeline.training.record import Record
 from pipeline.training.weights import ModelCard

@@ -10,9 +10,9 @@ from rich.panel import Panel
 from rich.text import Text
 
 from pipeline import nets, paths
-from pipeline.config import Config, ModelParams
 from pipeline.errors import UserError, blaming
 from pipeline.files import fresh_folder
+from pipeline.parameters import Config, ModelParams
 from pipeline.training import pretrained, weights
 from pipeline.training.pretrained import Origin
 

@@ -1,8 +1,10 @@
-"""The LightningModule: one net, one phase, top-1 accuracy and loss."""
+"""The LightningModule: one net, one phase; its loss, its accuracies, its optimiser."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -11,38 +13,32 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from pipeline.data.datamodule import Batch
 from pipeline.errors import UserError
-from pipeline.training import optim, schedule
+from pipeline.parameters import TrainParams
+from pipeline.training import optim, penalties, schedule
+from pipeline.training.averaging import Average
+from pipeline.training.distillation import Teacher, distance
+from pipeline.training.mixing import Mixer
+from pipeline.training.normalize import Normalize
+from pipeline.training.objective import Objective
+from pipeline.training.penalties import Activity
 from pipeline.training.schedule import Phase
-
-
-class Normalize(nn.Module):
-    """From pixels to what the net was trained on: (pixel / 255 - mean) / std, per channel.
-
-    Takes uint8 or float pixels 0 to 255, [B, C, H, W]; gives float32 [B, C, H, W]. Training, validation, prediction and
-    the exported model all go through it.
-    """
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        super().__init__()
-        self.scale: torch.Tensor
-        self.shift: torch.Tensor
-        scale = 1 / (255 * torch.tensor(std, dtype=torch.float32))
-        shift = -torch.tensor(mean, dtype=torch.float32) / torch.tensor(std, dtype=torch.float32)
-        self.register_buffer("scale", scale.view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("shift", shift.view(1, -1, 1, 1), persistent=False)
-
-    def forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        return pixels_BCHW.float() * self.scale + self.shift
 
 
 class Classifier(L.LightningModule):
     """Trains a net for one phase.
 
+    What is random in a step (dropout, stochastic depth, mixup) is drawn from (seed, epoch, batch, rank), so it is the
+    same whether or not the training was stopped on the way.
+
     Args:
         net: speaks timm's interface; takes normalised float32 [B, C, H, W], gives logits [B, classes].
         phase: what learns, how long, at which rate.
-        px: side of the pictures, in pixels.
+        pictures: for training, in an epoch.
+        px: side of the pictures as they come, in pixels; the phase may resize them.
         mean, std: per channel, of pixels scaled to 0..1.
+        first_epoch: epochs trained before, in earlier phases.
+        class_weights: of the loss, float [classes]; None for all alike.
+        teacher: to distil from; None for none.
     """
 
     def __init__(
@@ -50,83 +46,183 @@ class Classifier(L.LightningModule):
         net: nn.Module,
         *,
         phase: Phase,
+        params: TrainParams,
+        pictures: int,
         num_classes: int,
         px: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        optimizer: str,
-        weight_decay: float,
-        label_smoothing: float,
-        channels_last: bool,
+        first_epoch: int = 0,
+        class_weights: torch.Tensor | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
         self.net = net
         self.phase = phase
+        self.rates: Sequence[float] | None = None
+        """Of the optimiser's groups, where they were looked for; else the phase's."""
         self.normalize = Normalize(mean, std)
-        self._optimizer, self._weight_decay, self._label_smoothing = optimizer, weight_decay, label_smoothing
+        self.objective = Objective(
+            loss=params.loss,
+            label_smoothing=params.label_smoothing,
+            focal_gamma=params.focal_gamma,
+            weights=class_weights,
+        )
+        self.pictures = pictures
+        self._params, self._first_epoch, self._teacher = params, first_epoch, teacher
+        mixes = params.mixup > 0 or params.cutmix > 0
+        self._mixer = Mixer(mixup=params.mixup, cutmix=params.cutmix, num_classes=num_classes) if mixes else None
         self._auxiliary_weight = float(getattr(net, "auxiliary_weight", 0.0))
-        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._memory_format = torch.channels_last if params.channels_last else torch.contiguous_format
         # For the summary's sizes and FLOPs.
         self.example_input_array = torch.zeros(1, len(mean), px, px, dtype=torch.uint8)
         schedule.thaw(net, phase.trainable)
         self.to(memory_format=self._memory_format)
+        self.average = Average(net, kind=params.average, decay=params.ema_decay) if params.average != "none" else None
+        self._activity = Activity(net) if params.activity else None
         self.train_loss, self.val_loss = MeanMetric(), MeanMetric()
         self.train_top1, self.val_top1 = (MulticlassAccuracy(num_classes, average="micro") for _ in range(2))
+        for metric in (self.train_loss, self.train_top1):
+            metric.persistent(True)  # an epoch that was stopped half-way counts its first half, too
+        if params.compile:
+            net.compile()
         self.train()
 
     def forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.net(self._normalized(pixels_BCHW))
+        logits: torch.Tensor = self.net(self._prepared(pixels_BCHW))
         return logits
 
     def train(self, mode: bool = True) -> "Classifier":
         """Training mode, in which a frozen module stays in evaluation mode all the same."""
         super().train(mode)
         if mode:
-            schedule.set_mode(self.net)
+            schedule.set_mode(self.net, adapt_bn=self._params.frozen_bn == "adapt")
+            if self.average is not None:
+                self.average.eval()
         return self
+
+    def on_train_start(self) -> None:
+        if self._teacher is not None:
+            self._teacher.to(self.device)
 
     def on_train_epoch_start(self) -> None:
         self.train()
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002, Lightning's signature
+        epoch = self._first_epoch + self.trainer.current_epoch
+        keys = np.random.SeedSequence((self._params.seed, epoch, batch_idx, self.global_rank)).generate_state(2)
+        torch.manual_seed(int(keys[0]))
+        np.random.seed(int(keys[1]))
+
     def training_step(self, batch: Batch, index: int) -> torch.Tensor:
-        pixels, labels = batch
-        logits, *auxiliary_logits = self._all_logits(pixels)
-        loss = self._loss(logits, labels)
-        whole = loss + self._auxiliary_weight * sum(self._loss(extra, labels) for extra in auxiliary_logits)
+        whole, loss, logits = self.losses(self.net, batch)
+        if self._activity is not None:
+            whole = whole + self._params.activity * self._activity.take()
         self._check_finite(whole, f"epoch {self.current_epoch + 1}, step {index + 1}")
-        self._count("train", loss, logits, labels)  # without the auxiliary part, which validation has not
+        self._count("train", loss, logits, batch[1])  # the classes' loss alone, as in validation
         return whole
+
+    def losses(self, net: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The whole loss of a batch on a net such as this one's, that of its classes alone, and the logits.
+
+        The whole one has auxiliary classifiers, penalties and teacher in it, all but the activity penalty.
+        """
+        pixels, labels = batch
+        targets = labels
+        if self._mixer is not None:
+            pixels, targets = self._mixer(pixels, labels)
+        logits, *auxiliary_logits = self._all_logits(net, pixels)
+        loss: torch.Tensor = self.objective(logits, targets)
+        whole = loss + self._auxiliary_weight * sum(self.objective(extra, targets) for extra in auxiliary_logits)
+        if self._params.l1:
+            whole = whole + self._params.l1 * penalties.l1(net)
+        if self._teacher is not None:
+            share, temperature = self._params.distill_weight, self._params.distill_temperature
+            taught = self._teacher.logits(pixels)
+            whole = (1 - share) * whole + share * distance(logits, taught, temperature=temperature)
+        return whole, loss, logits
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        # Here, and not at the batch's end, where a checkpoint may already have been written.
+        if self.average is None:
+            return
+        after = self.phase.epochs_of(self.pictures) * self._params.swa_start
+        if self._params.average == "ema" or (self.trainer.is_last_batch and self.current_epoch >= after):
+            self.average.update(self.net)
 
     def validation_step(self, batch: Batch, index: int) -> None:  # noqa: ARG002, Lightning's signature
         pixels, labels = batch
-        logits = self(pixels)
+        net = self.average.net if self.averages else self.net
+        logits = net(self._prepared(pixels))
         loss = F.cross_entropy(logits, labels)
         self._check_finite(loss, f"validation after epoch {self.current_epoch + 1}")
         self._count("val", loss, logits, labels)
 
-    def _normalized(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        pixels: torch.Tensor = self.normalize(pixels_BCHW)
+    def on_validation_end(self) -> None:
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, optim.Rates):
+            value = float(self.trainer.callback_metrics[self._params.monitor])
+            scheduler.judge(value, mode="min" if self._params.monitor.endswith("loss") else "max")
+
+    @property
+    def averages(self) -> bool:
+        """Whether there is an average of weights by now, which is what is judged and kept."""
+        return self.average is not None and int(self.average.count) > 0
+
+    def close(self) -> None:
+        """Takes off what was hung onto the net."""
+        if self._activity is not None:
+            self._activity.close()
+
+    def configure_optimizers(self) -> Any:
+        phase = self.phase
+        # Ranks must have the same rates, and only the leader looks for them.
+        rates = self.trainer.strategy.broadcast(self.rates)
+        lr = phase.lr if rates is None else rates
+        assert lr != "find"
+        optimizer = optim.optimizer(
+            self.net, name=phase.optimizer, lr=lr, weight_decay=phase.weight_decay, layer_decay=phase.layer_decay
+        )
+        # Not the trainer's estimate: it sets up the loader before a checkpoint has told it where to begin.
+        total = 1 if self._params.fast_dev_run else phase.total_steps(self.pictures)
+        scheduler = optim.scheduler(
+            optimizer,
+            name=phase.scheduler,
+            total_steps=total,
+            steps_per_epoch=phase.steps_an_epoch(self.pictures),
+            warmup=phase.warmup,
+        )
+        if scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _resized(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        """Pictures at the phase's side, antialiased where it is another than theirs."""
+        if pixels_BCHW.shape[-1] == self.phase.px:
+            return pixels_BCHW
+        size = (self.phase.px, self.phase.px)
+        return F.interpolate(pixels_BCHW.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
+
+    def _prepared(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        pixels: torch.Tensor = self.normalize(self._resized(pixels_BCHW))
         return pixels.contiguous(memory_format=self._memory_format)
 
-    def _all_logits(self, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _all_logits(self, net: Any, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The logits, and those of the net's auxiliary classifiers while they learn (Szegedy et al. 2014)."""
-        net: Any = self.net
         heads = net.auxiliary_heads() if hasattr(net, "auxiliary_heads") else []
         learn = [any(parameter.requires_grad for parameter in head.parameters()) for head in heads]
+        prepared = self._prepared(pixels_BCHW)
         if not any(learn):
-            return (self(pixels_BCHW),)
-        logits, *auxiliary = net.forward_with_auxiliary(self._normalized(pixels_BCHW))
+            return (net(prepared),)
+        logits, *auxiliary = net.forward_with_auxiliary(prepared)
         return logits, *(extra for extra, learns in zip(auxiliary, learn, strict=True) if learns)
-
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = F.cross_entropy(logits, labels, label_smoothing=self._label_smoothing)
-        return loss
 
     def _check_finite(self, loss: torch.Tensor, when: str) -> None:
         if not torch.isfinite(loss):
             raise UserError(
                 f"the loss became {loss.item()} in phase {self.phase.name}, {when}; "
-                f"lower train.phases.{self.phase.name}.lr, or use train.precision 32-true"
+                "lower its lr (in train.phases, or train.lr), or use train.precision 32-true"
             )
 
     def _count(self, split: str, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
@@ -136,9 +232,3 @@ class Classifier(L.LightningModule):
         top1.update(logits.detach(), labels)
         metrics: dict[str, Metric] = {f"{split}/loss": mean, f"{split}/top1": top1}
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
-
-    def configure_optimizers(self) -> Any:
-        made = optim.optimizer(self.net, name=self._optimizer, lr=self.phase.lr, weight_decay=self._weight_decay)
-        steps = int(self.trainer.estimated_stepping_batches)
-        moves = optim.scheduler(made, name=self.phase.scheduler, lr=self.phase.lr, total_steps=steps)
-        return made if moves is None else ([made], [{"scheduler": moves, "interval": "step"}])

@@ -1,11 +1,10 @@
 """One phase from start to best weights: a `Trainer`, its callbacks, and what the phase came to."""
 
 import logging
-import signal
 import time
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,45 +12,32 @@ import lightning as L
 import psutil
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_summary.model_summary import ModelSummary
 from rich.console import Console
 
-from pipeline.config import TrainParams
 from pipeline.data.datamodule import PictureData
 from pipeline.errors import UserError
+from pipeline.parameters import TrainParams
+from pipeline.training.checkpoints import BEST, LAST, Checkpoints, Stop, load_weights, readable
 from pipeline.training.classifier import Classifier
 from pipeline.training.gradients import GradientNorms
+from pipeline.training.progress import Outcome
+from pipeline.training.schedule import Phase
 
 LOG_EVERY = 10
 """Optimiser steps between two points of the learning rate and the step's loss."""
 GRACE_S = 10.0
 """Seconds that other ranks have to end after SIGTERM, before SIGKILL."""
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL error")
+"""What collectives say where another rank has died."""
 
 
 class Log(Protocol):
     """Takes metrics by name, and the optimiser step that they belong to, counting on across phases."""
 
     def __call__(self, metrics: Mapping[str, float], *, step: int) -> None: ...
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a phase came to."""
-
-    rows: list[dict[str, Any]]
-    """A row per epoch: epoch (1-based, counting on across phases), phase, seconds, lr and the four metrics."""
-    best: Path
-    """Checkpoint of the best epoch by train.monitor."""
-    last: Path
-    """Checkpoint of the last epoch."""
-    best_epoch: int
-    """Of the best epoch: its number, counting on across phases."""
-    steps: int
-    """Optimiser steps of this phase."""
-    gradients: list[dict[str, Any]]
-    """Rows of GradientNorms, where train.gradient_norms asks for them."""
 
 
 class Recorder(L.Callback):
@@ -61,17 +47,20 @@ class Recorder(L.Callback):
         self.rows: list[dict[str, Any]] = []
         self._phase, self._first_epoch, self._first_step, self._log = phase, first_epoch, first_step, log
         self._started = time.monotonic()
-        self._on_sigterm = signal.getsignal(signal.SIGTERM)
+        self._logged_at = 0
 
-    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:  # noqa: ARG002
-        # Lightning's handler broadcasts to the other ranks, which may be in another collective; then it lets the
-        # stage end with 0, and DVC would record a half-trained model.
-        signal.signal(signal.SIGTERM, self._on_sigterm)
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = state_dict["rows"]
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
-        if trainer.is_global_zero and trainer.global_step % LOG_EVERY == 0:
+        step = trainer.global_step
+        if trainer.is_global_zero and step % LOG_EVERY == 0 and step != self._logged_at:
+            self._logged_at = step
             point = {"lr": _rate(trainer), "train/step_loss": float(outputs["loss"])}
-            self._log(point, step=self._first_step + trainer.global_step)
+            self._log(point, step=self._first_step + step)
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: Any) -> None:  # noqa: ARG002
         self._started = time.monotonic()
@@ -101,45 +90,69 @@ def fit(
     first_step: int,
     log: Log,
 ) -> Outcome:
-    """Trains one phase; checkpoints go to `folder`. On return the net holds the best epoch's weights, on every rank."""
+    """Trains one phase, from where its last checkpoint in `folder` is, if there is one.
+
+    On return the net holds the best epoch's weights, on every rank.
+
+    Args:
+        folder: for the phase's checkpoints.
+    """
     quiet()
-    best = ModelCheckpoint(
-        dirpath=folder,
-        filename="best",
+    folder.mkdir(parents=True, exist_ok=True)
+    phase = module.phase
+    keeper = Checkpoints(
+        folder,
+        every=params.checkpoint_every,
         monitor=params.monitor,
-        mode=_mode(params),
-        save_last=True,
-        enable_version_counter=False,
+        mode="min" if params.monitor.endswith("loss") else "max",
+        patience=phase.patience,
+        steps=phase.steps,
     )
-    recorder = Recorder(phase=module.phase.name, first_epoch=first_epoch, first_step=first_step, log=log)
+    recorder = Recorder(phase=phase.name, first_epoch=first_epoch, first_step=first_step, log=log)
     norms = GradientNorms(first_epoch=first_epoch)
-    callbacks = [best, recorder, *([norms] if params.gradient_norms else []), *_optional_callbacks(params)]
-    if first_step == 0 and rank() == 0:
+    # The keeper last: what it writes holds what the others have just noted.
+    callbacks = [recorder, *([norms] if params.gradient_norms else []), *_optional_callbacks(), keeper]
+    trainer = _trainer(params, phase, epochs=phase.epochs_of(module.pictures), callbacks=callbacks)
+    last = readable(folder)
+    if first_step == 0 and rank() == 0 and last is None:
         print(ModelSummary(module, max_depth=2))
-    trainer = _trainer(params, epochs=module.phase.epochs, callbacks=callbacks)
-    try:
-        trainer.fit(module, datamodule=data)
-    except torch.OutOfMemoryError:
-        _end_children()
-        raise UserError(
-            f"the device's memory does not hold train.batch_size {params.batch_size}; lower it, or train.px"
-        ) from None
-    except BaseException:
-        # Ranks that this process has launched would wait for it in a collective for ever.
-        _end_children()
-        raise
-    path = Path(best.best_model_path)
-    # Weights only: a checkpoint is read without executing what it may hold.
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    module.load_state_dict(state["state_dict"])
+    with _ends_together(params, keeper.stop):
+        trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
+    load_weights(module.net, folder / BEST)
     return Outcome(
         rows=recorder.rows,
-        best=path,
-        last=Path(best.last_model_path),
-        best_epoch=first_epoch + state["epoch"] + 1,
+        best=folder / BEST,
+        last=folder / LAST,
+        best_epoch=first_epoch + keeper.best_epoch + 1,
         steps=trainer.global_step,
         gradients=norms.rows,
     )
+
+
+@contextmanager
+def _ends_together(params: TrainParams, stop: Stop) -> Iterator[None]:
+    """Ranks that this process has launched would wait for it in a collective for ever."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        _end_children()
+        raise UserError(
+            f"the device's memory does not hold train.batch_size {params.batch_size}; lower it or train.px, "
+            "or raise train.accumulate"
+        ) from None
+    except RuntimeError as error:
+        _end_children()
+        if stop.asked and rank():
+            stop.obey()  # the leader has stopped already, and left this one in a collective
+        if any(sign in str(error) for sign in LOST):
+            raise UserError(
+                f"another process of this training has ended: {str(error).splitlines()[0]}; "
+                "see what it said, and run the same command again to go on"
+            ) from None
+        raise
+    except BaseException:
+        _end_children()
+        raise
 
 
 def rank() -> int:
@@ -148,7 +161,7 @@ def rank() -> int:
     return found
 
 
-def _trainer(params: TrainParams, *, epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
+def _trainer(params: TrainParams, phase: Phase, *, epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
     try:
         trainer = L.Trainer(
             accelerator=params.accelerator,
@@ -157,6 +170,9 @@ def _trainer(params: TrainParams, *, epochs: int, callbacks: list[L.Callback]) -
             strategy=params.strategy,
             precision=params.precision,
             max_epochs=epochs,
+            accumulate_grad_batches=phase.accumulate,
+            gradient_clip_val=phase.clip or None,
+            sync_batchnorm=params.sync_bn,
             limit_train_batches=1 if params.fast_dev_run else None,
             limit_val_batches=1 if params.fast_dev_run else None,
             num_sanity_val_steps=0,
@@ -165,6 +181,7 @@ def _trainer(params: TrainParams, *, epochs: int, callbacks: list[L.Callback]) -
             logger=False,
             enable_progress_bar=Console().is_terminal,
             enable_model_summary=False,
+            enable_checkpointing=False,
             callbacks=callbacks,
         )
     except MisconfigurationException as error:
@@ -174,10 +191,6 @@ def _trainer(params: TrainParams, *, epochs: int, callbacks: list[L.Callback]) -
         # Lightning would take bf16 in its place.
         raise UserError("16-mixed needs a GPU; use bf16-mixed or 32-true", parameter="train.precision")
     return trainer
-
-
-def _mode(params: TrainParams) -> str:
-    return "min" if params.monitor.endswith("loss") else "max"
 
 
 def quiet() -> None:
@@ -201,13 +214,8 @@ def _end_children() -> None:
         child.kill()
 
 
-def _optional_callbacks(params: TrainParams) -> list[L.Callback]:
-    chosen: list[L.Callback] = []
-    if params.patience:
-        chosen.append(EarlyStopping(params.monitor, patience=params.patience, mode=_mode(params)))
-    if Console().is_terminal:
-        chosen.append(RichProgressBar())
-    return chosen
+def _optional_callbacks() -> list[L.Callback]:
+    return [RichProgressBar()] if Console().is_terminal else []
 
 
 def _rate(trainer: L.Trainer) -> float:

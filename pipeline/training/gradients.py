@@ -26,6 +26,12 @@ class GradientNorms(L.Callback):
         self._first_epoch = first_epoch
         self._due = True
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "due": self._due}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows, self._due = state_dict["rows"], state_dict["due"]
+
     def on_train_epoch_start(self, trainer: L.Trainer, module: Any) -> None:  # noqa: ARG002
         self._due = True
 

@@ -28,8 +28,8 @@ from pipeline.data.store import Store
 from pipeline.errors import UserError
 from pipeline.nets.unet import MIN_PX, UNet, unet
 from pipeline.training import optim, weights
-from pipeline.training.classifier import Normalize
 from pipeline.training.fit import Log, quiet
+from pipeline.training.normalize import Normalize
 
 NET = "scratch/unet_encoder"
 ENCODER, GRID = "unet_encoder.safetensors", "restored.png"

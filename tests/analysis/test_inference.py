@@ -10,12 +10,12 @@ from PIL import Image
 
 from pipeline import nets, paths
 from pipeline.analysis import inference, predict
-from pipeline.config import AugmentParams
 from pipeline.data import datamodule, packing
 from pipeline.data.catalog import Item, Pictures
 from pipeline.data.decode import decode
 from pipeline.data.store import Store
 from pipeline.errors import UserError
+from pipeline.parameters import AugmentParams
 from pipeline.training import weights
 from pipeline.training.weights import ModelCard
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.data import catalog
-from pipeline.data.catalog import DATASETS, Pictures
+from pipeline.data.catalog import DATASETS, Item, Pictures
 from pipeline.data.sources import File, Installed
 from pipeline.errors import UserError
 
@@ -69,11 +69,11 @@ def test_mnist_and_its_kin_are_opened(raw: Path) -> None:
         assert pictures.classes == catalog.get(name).classes
         assert pictures.skipped == ()
         assert pictures.items == [
-            ("train/00000", 3, "train"),
-            ("train/00001", 0, "train"),
-            ("train/00002", 9, "train"),
-            ("test/00000", 1, "test"),
-            ("test/00001", 1, "test"),
+            Item("train/00000", 3, "train"),
+            Item("train/00001", 0, "train"),
+            Item("train/00002", 9, "train"),
+            Item("test/00000", 1, "test"),
+            Item("test/00001", 1, "test"),
         ]
         for index in range(5):
             np.testing.assert_array_equal(pictures.load(index), pixels[index])
@@ -108,7 +108,7 @@ def test_digits_are_the_same_bytes_each_time_and_fill_the_grey_range(raw: Path) 
     assert (raw / "digits.npz").read_bytes() == first
     pictures = catalog.get("digits").open(raw)
     assert len(pictures.items) == 1797
-    assert pictures.items[1796] == ("01796", 8, "")
+    assert pictures.items[1796] == Item("01796", 8, "")
     np.testing.assert_array_equal(pictures.load(0)[0], [0, 0, 80, 207, 143, 16, 0, 0])  # published: 0 0 5 13 9 1 0 0
     assert max(pictures.load(index).max() for index in range(50)) == 255
 
@@ -123,7 +123,7 @@ def test_damaged_digits_are_refused(raw: Path) -> None:
 def test_a_flat_folder_is_not_split(tmp_path: Path, raw: Path) -> None:
     pictures = opened(paint(tmp_path / "p", "bees/2.png", "ants/deep/1.PNG", "ants/3.jpg"), raw)
     assert pictures.classes == ("ants", "bees")
-    assert pictures.items == [("ants/3.jpg", 0, ""), ("ants/deep/1.PNG", 0, ""), ("bees/2.png", 1, "")]
+    assert pictures.items == [Item("ants/3.jpg", 0, ""), Item("ants/deep/1.PNG", 0, ""), Item("bees/2.png", 1, "")]
     np.testing.assert_array_equal(pictures.load(2), np.zeros((4, 6, 3), np.uint8))
 
 
@@ -137,12 +137,12 @@ def test_all_three_splits_are_kept(tmp_path: Path, raw: Path) -> None:
 def test_val_beside_train_alone_is_the_test_split(tmp_path: Path, raw: Path) -> None:
     folder = paint(tmp_path / "p", "train/a/1.png", "train/b/1.png", "val/b/1.png")
     (folder / "test").mkdir()
-    assert opened(folder, raw).items[-1] == ("val/b/1.png", 1, "test")
+    assert opened(folder, raw).items[-1] == Item("val/b/1.png", 1, "test")
 
 
 def test_a_class_may_be_called_train(tmp_path: Path, raw: Path) -> None:
     pictures = opened(paint(tmp_path / "p", "train/1.png", "plane/1.png"), raw)
-    assert pictures.items == [("plane/1.png", 0, ""), ("train/1.png", 1, "")]
+    assert pictures.items == [Item("plane/1.png", 0, ""), Item("train/1.png", 1, "")]
 
 
 def test_what_is_no_picture_is_left_out_loudly(tmp_path: Path, raw: Path) -> None:
@@ -223,3 +223,55 @@ def test_a_missing_folder_and_one_around_the_copy_are_refused(tmp_path: Path, ra
         fetch("image_folder", raw, path=tmp_path / "none")
     with pytest.raises(UserError, match="holds the pipeline's own data"):
         fetch("image_folder", raw, path=tmp_path)
+
+
+def grouped(folder: Path, table: str) -> Path:
+    paint(folder, "ants/1.png", "ants/2.png", "bees/3.png", "bees/4.gif")
+    (folder / "groups.csv").write_text(table, encoding="utf-8")
+    return folder
+
+
+def test_pictures_are_in_the_groups_that_the_table_says(tmp_path: Path, raw: Path) -> None:
+    # As a spreadsheet writes it: a byte order mark, and rows in an order of its own; what is left out may stand there.
+    table = "\ufefffile,group\r\nbees/3.png,\r\nants/2.png, patient 7 \r\nants/1.png,patient 7\r\nbees/4.gif,x\r\n"
+    pictures = opened(grouped(tmp_path / "p", table), raw)
+    assert {item.key: item.group for item in pictures.items} == {
+        "ants/1.png": "patient 7",
+        "ants/2.png": "patient 7",
+        "bees/3.png": "",
+    }
+    assert (raw / "groups.csv").read_bytes() == table.encode()
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("", "groups.csv:1: the header is ''; it must be file,group"),
+        ("file;group\n", "groups.csv:1: the header is 'file;group'; it must be file,group"),
+        ("file,group\nants/1.png\n", "groups.csv:2: 1 columns; it must be two, file,group"),
+        (
+            "file,group\nants/1.png,a\nbees/5.png,a\n",
+            "groups.csv:3: bees/5.png: no such picture in {p}; did you mean bees/3.png or ants/2.png or ants/1.png?",
+        ),
+        (
+            "file,group\nants/1.png,a\nants/2.png,a\nants/1.png,b\n",
+            "groups.csv:4: ants/1.png stands there twice; keep one row",
+        ),
+        ("file,group\nants/2.png,a\n", "groups.csv: 2 pictures are not in it, the first ants/1.png; give each a row"),
+    ],
+)
+def test_a_table_of_groups_that_does_not_fit_the_pictures_is_refused(
+    tmp_path: Path, raw: Path, table: str, message: str
+) -> None:
+    folder = grouped(tmp_path / "p", table)
+    with pytest.raises(UserError) as caught:
+        fetch("image_folder", raw, path=folder)
+    assert str(caught.value) == f"{folder}/{message.format(p=folder)}"
+    assert not list(raw.iterdir())
+
+
+def test_a_table_of_groups_in_another_encoding_is_refused(tmp_path: Path, raw: Path) -> None:
+    folder = grouped(tmp_path / "p", "")
+    (folder / "groups.csv").write_bytes("file,group\nants/1.png,Jörg\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"groups\.csv: cannot be read as a table in UTF-8: "):
+        fetch("image_folder", raw, path=folder)

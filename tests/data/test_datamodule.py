@@ -1,5 +1,6 @@
 """Batches: no augmentation repeats, and neither workers nor ranks change what a picture looks like."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,98 @@ def test_the_ranks_batches_together_are_the_whole_batch(world: int) -> None:
         assert together[: len(batch)] == batch
         assert len({len(slices[rank][number]) for rank in range(world)}) == 1
     assert sorted(index for batch in whole for _, index in batch) == list(indices)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_parts_of_a_batch_together_are_the_batch(world: int) -> None:
+    indices = np.arange(100, 121)
+    whole = list(Batches(indices, batch_size=12, seed=3, shuffle=True))
+    ranks = [
+        list(Batches(indices, batch_size=12, seed=3, shuffle=True, rank=r, world=world, parts=3)) for r in range(world)
+    ]
+    for number, batch in enumerate(whole):
+        pieces = [part for parts in ranks for part in parts[3 * number : 3 * number + 3]]
+        assert [pair for piece in pieces for pair in piece][: len(batch)] == batch
+        assert len({len(piece) for piece in pieces}) == 1  # so the mean of their means is the batch's mean
+
+
+def test_balanced_epochs_show_every_class_as_often() -> None:
+    labels = np.array([0] * 40 + [1] * 9 + [2] * 3)
+    indices = np.arange(200, 252)
+    batches = Batches(indices, batch_size=52, seed=0, shuffle=True, labels=labels)
+    seen = []
+    for epoch in range(3):
+        batches.set_epoch(epoch)
+        drawn = np.array([index for _, index in next(iter(batches))])
+        assert len(drawn) == 52
+        counts = np.bincount(labels[drawn - 200], minlength=3)
+        assert sorted(counts) == [17, 17, 18]
+        repeats = np.unique(drawn, return_counts=True)[1]
+        assert {labels[i - 200] for i, n in zip(np.unique(drawn), repeats, strict=True) if n > 1} == {1, 2}
+        assert np.ptp(repeats[labels[np.unique(drawn) - 200] == 2]) <= 1
+        seen.append(drawn.tolist())
+    assert len({tuple(order) for order in seen}) == 3
+
+
+def test_balanced_batches_of_the_ranks_together_are_the_whole_batch() -> None:
+    labels = np.array([0] * 30 + [1] * 6)
+    args = {"batch_size": 6, "seed": 3, "shuffle": True, "labels": labels}
+    whole = list(Batches(np.arange(36), **args))
+    slices = [list(Batches(np.arange(36), **args, rank=rank, world=2)) for rank in range(2)]
+    assert whole == [slices[0][n] + slices[1][n] for n in range(len(whole))]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_goes_on_where_its_state_says(packed: Store, workers: int) -> None:
+    whole = _epoch(_data(packed), 1)
+    stopped = _data(packed, workers=workers).train_dataloader()
+    stopped.sampler.set_epoch(1)
+    batches = iter(stopped)
+    for _ in range(2):
+        next(batches)
+    state = stopped.state_dict()
+    assert state == {"epoch": 1, "batches": 2}
+    resumed = _data(packed, workers=workers).train_dataloader()
+    resumed.load_state_dict(state)
+    rest = [pixels for pixels, _ in resumed]
+    assert [torch.equal(one, two) for one, two in zip(rest, whole[2:], strict=True)] == [True]
+    assert resumed.state_dict()["batches"] == 0
+    resumed.sampler.set_epoch(2)
+    assert all(torch.equal(a, b) for (a, _), b in zip(resumed, _epoch(_data(packed), 2), strict=True))
+
+
+def test_strength_multiplies_the_rate_of_augmentation(packed: Store) -> None:
+    def changed(strength: float) -> float:
+        data = PictureData(
+            packed,
+            px=PX,
+            in_chans=1,
+            batch_size=16,
+            chosen={"gaussian_noise": {"p": 0.8}},
+            seed=0,
+            workers=0,
+            strength=strength,
+        )
+        loader = data.train_dataloader()
+        flags = []
+        for epoch in range(25):
+            loader.sampler.set_epoch(epoch)
+            order = [index for batch in loader.sampler for _, index in batch]
+            for pixels, _ in loader:
+                flags += [not np.array_equal(p.permute(1, 2, 0), packed[i]) for p, i in zip(pixels, order, strict=True)]
+        return float(np.mean(flags))
+
+    assert changed(0.0) == 0.0
+    assert changed(0.5) == pytest.approx(0.4, abs=0.07)
+    assert changed(1.0) == pytest.approx(0.8, abs=0.06)
+
+
+def test_another_division_of_the_same_pictures(packed: Store) -> None:
+    splits = tuple("val" if index < 4 else "train" for index in range(len(packed)))
+    again = Store(packed.folder, splits=splits)
+    assert again.counts() == {"train": 23, "val": 4, "test": 0}
+    copied = pickle.loads(pickle.dumps(again))  # as a worker receives it
+    assert copied.counts() == again.counts()
 
 
 def test_the_order_changes_with_the_epoch_and_the_seed() -> None:

@@ -1,16 +1,17 @@
 """Pictures as published become the packed store: nothing is left out unsaid, and only training pictures have copies."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline.config import AugmentParams
 from pipeline.data import packing
 from pipeline.data.catalog import Item, Pictures
 from pipeline.data.store import Store
 from pipeline.errors import UserError
+from pipeline.parameters import AugmentParams
 
 PX = 8
 BROKEN = "bees/03.jpg: truncated JPEG"
@@ -93,3 +94,14 @@ def test_a_large_dataset_is_decoded_window_by_window_in_order(tmp_path: Path, mo
     whole = _pack(tmp_path / "whole", _pictures())
     monkeypatch.setattr(packing, "WINDOW", 7)
     assert _pack(tmp_path / "windows", _pictures()).meta.sha256 == whole.meta.sha256
+
+
+def test_groups_stay_on_one_side_and_are_noted_with_their_pictures_and_copies(tmp_path: Path) -> None:
+    pictures = _pictures()
+    items = [item._replace(group=f"animal {index // 4}") for index, item in enumerate(pictures.items)]
+    chosen = {"copies": 1, "transforms": {"horizontal_flip": {"p": 1.0}}}
+    store = _pack(tmp_path / "store", replace(pictures, items=items), **chosen)
+    assert {row.key: row.group for row in store.rows} == {item.key: item.group for item in items}
+    for group in {row.group for row in store.rows}:
+        assert len({row.split for row in store.rows if row.group == group}) == 1
+    assert store.counts() == {"train": 2 * 28, "val": 4, "test": 8}

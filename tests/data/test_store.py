@@ -22,7 +22,7 @@ def _pictures() -> list[np.ndarray]:
 def packed(tmp_path: Path) -> Path:
     rows = [
         Row('ants/a, "b".jpg', "train", 0, 0, *SIZES[0]),
-        Row("bees/ü.jpg", "val", 1, 0, *SIZES[1]),
+        Row("bees/ü.jpg", "val", 1, 0, *SIZES[1], "patient 7, left"),
         Row("bees/2.jpg", "test", 1, 0, *SIZES[2]),
     ]
     store.write(
@@ -43,6 +43,8 @@ def test_pictures_of_different_sizes_come_back_bit_by_bit(packed: Path) -> None:
     for index, picture in enumerate(_pictures()):
         assert np.array_equal(opened[index], picture)
     assert opened.rows[0].key == 'ants/a, "b".jpg'
+    assert [row.group for row in opened.rows] == ["", "patient 7, left", ""]
+    assert (packed / store.MANIFEST).read_text().splitlines()[0] == "key,split,label,copy,height,width,group"
     assert opened.meta.classes == ("ants", "bees")
     assert opened.meta.skipped == ("x.gif: not a picture",)
     assert opened.counts() == {"train": 1, "val": 1, "test": 1}

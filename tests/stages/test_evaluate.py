@@ -11,10 +11,10 @@ import torch
 
 from pipeline import config, nets, paths, tracking
 from pipeline.analysis import plots
-from pipeline.config import Config
 from pipeline.data import store
 from pipeline.data.store import Row
 from pipeline.errors import UserError
+from pipeline.parameters import Config
 from pipeline.stages import evaluate
 from pipeline.training import weights
 from pipeline.training.record import PhaseRecord, Record

@@ -8,10 +8,10 @@ import pytest
 from filelock import FileLock
 
 from pipeline import config, paths
-from pipeline.config import Config
 from pipeline.data import store
 from pipeline.data.store import Row
 from pipeline.errors import UserError
+from pipeline.parameters import Config
 from pipeline.stages import train
 from pipeline.training.pretrained import Origin
 

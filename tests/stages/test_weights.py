@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save
 
 from pipeline import config, nets, paths
-from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.parameters import Config
 from pipeline.stages import weights as stage
 from pipeline.training import pretrained
 from pipeline.training.pretrained import Found, Origin

@@ -1,0 +1,205 @@
+"""Checkpoints of a phase: written whole or not at all, taken up where they can be read, and when a phase is over.
+
+A checkpoint holds everything that the rest of the phase follows from: weights, optimiser, schedule, the place in the
+epoch, the rows of earlier epochs. Random numbers need no place in it: they are drawn from (seed, epoch, batch). So a
+training that was stopped, however it was stopped, goes on to the very weights that it would have had.
+"""
+
+import os
+import pickle
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import lightning as L
+import torch
+
+from pipeline.outbox import warn
+
+LAST, BEFORE, BEST = "last.ckpt", "before.ckpt", "best.ckpt"
+LEADER_S = 20.0
+"""Seconds that a rank that was told to stop waits for the leader to do so."""
+
+
+class Checkpoints(L.Callback):
+    """Writes last.ckpt every so many steps, at each epoch's end and on a signal to stop; best.ckpt at a new best.
+
+    The one before last.ckpt is kept as before.ckpt, in case that the last cannot be read.
+
+    Args:
+        every: optimiser steps between two checkpoints within an epoch.
+        monitor, mode: what the best is judged by; mode is min or max.
+        patience: epochs without a better one before the phase ends; 0 for never.
+        steps: optimiser steps after which the phase ends; 0 for after its epochs.
+    """
+
+    def __init__(self, folder: Path, *, every: int, monitor: str, mode: str, patience: int, steps: int) -> None:
+        self._folder, self._every = folder, every
+        self._monitor, self._mode, self._patience, self._steps = monitor, mode, patience, steps
+        self.best_epoch = -1
+        """Of the best so far: its number within the phase, from 0."""
+        self._best_value = float("nan")
+        self._bad_epochs = 0
+        self._saved_at = -1
+        self.stop = Stop()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.best_epoch, "value": self._best_value, "bad_epochs": self._bad_epochs}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_epoch, self._best_value = state_dict["epoch"], state_dict["value"]
+        self._bad_epochs = state_dict["bad_epochs"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:  # noqa: ARG002, Lightning's signature
+        # Lightning's handler broadcasts to the other ranks, which may be in another collective; then it lets the
+        # stage end with 0, and DVC would record a half-trained model.
+        self.stop.listen()
+        self._saved_at = trainer.global_step
+        self._end_if_over(trainer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        step = trainer.global_step
+        if self._steps and step >= self._steps:
+            trainer.should_stop = True  # after validation
+        # Lightning cannot resume between an epoch's last batch and its end: that checkpoint is the epoch's.
+        if trainer.is_last_batch or trainer.should_stop or step == self._saved_at:
+            return
+        if self.stop.asked:
+            self._stop_here(trainer)
+        elif step % self._every == 0:
+            self._save(trainer, LAST)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:  # noqa: ARG002
+        value = float(trainer.callback_metrics[self._monitor])
+        better = self.best_epoch < 0 or (value < self._best_value if self._mode == "min" else value > self._best_value)
+        self._bad_epochs = 0 if better else self._bad_epochs + 1
+        if better:
+            self._best_value, self.best_epoch = value, trainer.current_epoch
+            self._save(trainer, BEST)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:  # noqa: ARG002
+        if self.stop.asked:
+            self._stop_here(trainer)
+        self._save(trainer, LAST)
+        self._end_if_over(trainer)
+
+    def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:  # noqa: ARG002
+        self.stop.deafen()
+
+    def _end_if_over(self, trainer: L.Trainer) -> None:
+        tired = 0 < self._patience <= self._bad_epochs
+        if tired or (self._steps and trainer.global_step >= self._steps):
+            trainer.should_stop = True
+
+    def _save(self, trainer: L.Trainer, name: str, *, alone: bool = False) -> None:
+        """Writes a checkpoint; `alone` where the other ranks are not known to be here, too."""
+        beside = self._folder / f".{name}.part"
+        if alone:
+            # The ranks' states are the same after every step, so the leader's is the whole one.
+            if trainer.is_global_zero:
+                state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+                trainer.strategy.checkpoint_io.save_checkpoint(state, beside)
+        else:
+            trainer.save_checkpoint(beside)
+        if trainer.is_global_zero:
+            _put_in_place(beside, name)
+        self._saved_at = trainer.global_step if name == LAST else self._saved_at
+
+    def _stop_here(self, trainer: L.Trainer) -> None:
+        if not trainer.is_global_zero:
+            # The leader, too, is on its way to stop, and needs the others until then.
+            if self.stop.seconds > LEADER_S:
+                self.stop.obey()
+            return
+        if self._saved_at != trainer.global_step:
+            self._save(trainer, LAST, alone=trainer.world_size > 1)
+        print(
+            f"stopping after step {trainer.global_step} of this phase: the same command goes on from here", flush=True
+        )
+        self.stop.obey()
+
+
+class Stop:
+    """A wish to stop, by SIGTERM or Ctrl-C, that waits for the next moment in which nothing is half-done.
+
+    A second signal does not wait.
+    """
+
+    def __init__(self) -> None:
+        self.asked = 0
+        """Number of the signal; 0 for none."""
+        self._since = 0.0
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    @property
+    def seconds(self) -> float:
+        """Time since it was asked."""
+        return time.monotonic() - self._since if self.asked else 0.0
+
+    def listen(self) -> None:
+        for number in self._before:
+            signal.signal(number, self._note)
+
+    def deafen(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def obey(self) -> NoReturn:
+        """Does what the signal would have done without this."""
+        self.deafen()
+        handler = self._before[signal.Signals(self.asked)]
+        if callable(handler):
+            handler(self.asked, None)
+        raise SystemExit(143)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002, signal's signature
+        if self.asked:
+            self.obey()
+        self.asked, self._since = number, time.monotonic()
+
+
+def readable(folder: Path) -> Path | None:
+    """The last checkpoint of a folder that can be read in full, without executing what it may hold; None for none."""
+    for name in (LAST, BEFORE):
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
+            warn(f"{path} cannot be read ({(str(error) or type(error).__name__).splitlines()[0]}); the one before is")
+            continue
+        return path
+    return None
+
+
+def load_weights(net: torch.nn.Module, path: Path) -> None:
+    """Gives a net the weights of a checkpoint of its Classifier: their average, where there is one by then."""
+    # Weights only: a checkpoint is read without executing what it may hold.
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    prefix = "average.net." if int(state.get("average.count", 0)) > 0 else "net."
+    net.load_state_dict({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+
+
+def _put_in_place(beside: Path, name: str) -> None:
+    folder = beside.parent
+    with beside.open("rb") as file:
+        os.fsync(file.fileno())
+    if name == LAST and (folder / LAST).exists():
+        (folder / LAST).replace(folder / BEFORE)
+    beside.replace(folder / name)
+    with _opened(folder) as descriptor:
+        os.fsync(descriptor)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,245 @@
+"""The learning-rate finder: a short trial training whose rate climbs, for all layers together and for each by itself.
+
+Smith, "Cyclical Learning Rates for Training Neural Networks", 2017. A rate is judged by how fast the loss falls while
+the rates around it are at work, so that a handful of batches, over and over, is enough.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+from pipeline.training import optim
+from pipeline.training.optim import Group
+
+BLOCKS = 8
+"""Sweeps of single layers at most: beyond that, neighbours are swept together."""
+SMOOTHING = 0.8
+"""Share of the average of losses that a step keeps."""
+DIVERGED = 4.0
+"""Times the lowest loss, at which a sweep ends."""
+FALL = 0.01
+"""Share of the first loss by which it must fall somewhere; less is noise."""
+
+B = TypeVar("B")
+
+
+class Sweep(NamedTuple):
+    """A trial training whose rate climbs from step to step."""
+
+    group: str
+    """The layers that learn in it."""
+    rates: list[float]
+    losses: list[float]
+    """Smoothed: after the step at that rate, an exponential average over the steps before, corrected for its start."""
+    suggestion: float
+    """The rate to train with."""
+
+
+class Found(NamedTuple):
+    """What the finder found."""
+
+    rates: list[float]
+    """One a group of `optim.groups`, in their order, as `optim.optimizer` takes them."""
+    sweeps: list[Sweep]
+
+
+def find(
+    step: Callable[[nn.Module, B], Tensor],
+    net: nn.Module,
+    batches: Sequence[B],
+    *,
+    optimizer: str,
+    weight_decay: float,
+    layer_decay: float,
+    clip: float,
+    accumulate: int,
+    seed: int,
+    low: float = 1e-6,
+    high: float = 1.0,
+    steps: int = 100,
+) -> Found:
+    """Looks for the learning rates of a phase.
+
+    First all layers together, the rate climbing in equal factors from `low` to `high`. Where layers have rates of their
+    own (`layer_decay` below 1) and several learn, each is then swept alone, in half as many steps, the others standing
+    still. Standing still and not learning slowly: else the loss would fall whatever the layer does, and the sweep would
+    tell of the others. Alone a layer bears a higher rate than in company, so these rates are taken as proportions, and
+    a last sweep of all layers in these proportions finds what to multiply them by; none gets more than alone. A layer
+    that does nothing alone (below a head of zeros there is no gradient) has its share of the joint rate by layer_decay.
+
+    The suggestion is where the smoothed loss falls most steeply over the logarithm of the rate, before its minimum; a
+    tenth of the minimum's rate where that cannot be told. A batch's loss is taken relative to what it was at first, and
+    its random numbers (dropout, mixup) are the same each time, so that batches are comparable, however few.
+
+    Every sweep trains a deep copy: the net, its buffers and modes, and the random numbers to come stay as they are.
+
+    Args:
+        step: the loss of a batch on the net, as training has it (same precision, loss, penalties).
+        net: in the phase's mode, with the phase's parameters learning.
+        batches: on the net's device; gone through again and again, so one is enough.
+        optimizer, weight_decay, layer_decay: as `optim.optimizer` takes them.
+        clip: largest norm of the gradient; 0 for no limit.
+        accumulate: batches that make one step together.
+        seed: of what is random in `step`.
+        low, high: rates to look between.
+        steps: of the sweep of all layers.
+
+    Raises:
+        UserError: the loss is not finite at first, or falls at no rate.
+    """
+    groups = optim.groups(net, weight_decay=weight_decay, layer_decay=layer_decay)
+    wholes = [batches[start : start + accumulate] for start in range(0, len(batches), accumulate)]
+    largest = max(group.scale for group in groups)
+    shares = [group.scale / largest for group in groups]
+
+    def make(copy: nn.Module) -> torch.optim.Optimizer:
+        return optim.optimizer(copy, name=optimizer, lr=shares, weight_decay=weight_decay, layer_decay=layer_decay)
+
+    with _random_numbers_kept():
+        trial = _Trial(step=step, net=net, wholes=wholes, make=make, clip=clip, seed=seed, low=low, high=high)
+        levels = trial.levels()
+        joint = trial.sweep("all layers", shares, levels=levels, steps=steps)
+        if joint is None:
+            raise UserError(f"train.lr find: the loss falls at no rate between {low:g} and {high:g}; give a number")
+        blocks = _blocks(groups)
+        if len(blocks) == 1:
+            return Found([max(low, joint.suggestion * share) for share in shares], [joint])
+        alone = [joint.suggestion * share for share in shares]
+        sweeps = {}
+        for name, members in blocks.items():
+            own = [float(number in members) for number in range(len(groups))]
+            sweep = trial.sweep(name, own, levels=levels, steps=steps // 4)
+            if sweep is not None:
+                sweeps[name] = sweep
+                alone = [sweep.suggestion if on else rate for on, rate in zip(own, alone, strict=True)]
+        together = trial.sweep(
+            "all layers, in these proportions", [rate / max(alone) for rate in alone], levels=levels, steps=steps
+        )
+    factor = 1.0 if together is None else min(1.0, together.suggestion / max(alone))
+    rates = [max(low, rate * factor) for rate in alone]
+    told = [sweep._replace(suggestion=rates[blocks[name][0]]) for name, sweep in sweeps.items()]
+    return Found(rates, [joint, *told, *([together] if together else [])])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trial(Generic[B]):
+    """What all sweeps of a phase have in common."""
+
+    step: Callable[[nn.Module, B], Tensor]
+    net: nn.Module
+    wholes: list[Sequence[B]]
+    """The batches of each step."""
+    make: Callable[[nn.Module], torch.optim.Optimizer]
+    clip: float
+    seed: int
+    low: float
+    high: float
+
+    def levels(self) -> list[float]:
+        """The loss of each whole batch at first.
+
+        Raises:
+            UserError: One is not finite.
+        """
+        copy = deepcopy(self.net)
+        with torch.no_grad():
+            found = [sum(float(loss) for loss in self._losses(copy, number)) for number in range(len(self.wholes))]
+        if not np.isfinite(found).all():
+            raise UserError("train.lr find: the loss is not finite before any step; look at the pictures and weights")
+        return found
+
+    def sweep(self, name: str, shares: Sequence[float], *, levels: Sequence[float], steps: int) -> Sweep | None:
+        """Trains with each group's share of a rate that climbs; None where the loss does not fall."""
+        net = deepcopy(self.net)
+        optimizer = self.make(net)
+        pairs = list(zip(optimizer.param_groups, shares, strict=True))
+        # Optimisers pass over what has no gradient, and at a rate of 0 not all of them stand still.
+        moving = [parameter for group, share in pairs if share > 0 for parameter in group["params"]]
+        rates = [float(rate) for rate in np.geomspace(self.low, self.high, steps + 1)]
+        level = best = float(np.mean(levels))
+        change = 0.0
+        losses: list[float] = []
+        for number, rate in enumerate(rates):
+            optimizer.zero_grad()
+            loss = 0.0
+            for part in self._losses(net, number % len(levels)):
+                part.backward(inputs=moving)  # type: ignore[no-untyped-call]
+                loss += float(part.detach())
+            if number:  # what the step before has come to, at the rate before
+                change = SMOOTHING * change + (1 - SMOOTHING) * (loss - levels[number % len(levels)])
+                losses.append(level + change / (1 - SMOOTHING**number))
+                best = min(best, losses[-1])
+                if not losses[-1] <= DIVERGED * best:  # nor if it is not a number
+                    losses.pop()
+                    break
+            if self.clip:
+                nn.utils.clip_grad_norm_(moving, self.clip)
+            for group, share in pairs:
+                group["lr"] = share * rate
+            optimizer.step()
+        rates = rates[: len(losses)]
+        suggestion = suggest(rates, losses, level=level)
+        return None if suggestion is None else Sweep(name, rates, losses, suggestion)
+
+    def _losses(self, net: nn.Module, number: int) -> Iterator[Tensor]:
+        """The parts of a step's loss, each computed when it is asked for."""
+        keys = np.random.SeedSequence((self.seed, number)).generate_state(2)
+        torch.manual_seed(int(keys[0]))
+        np.random.seed(int(keys[1]))  # timm's mixup draws from it
+        for batch in self.wholes[number]:
+            yield self.step(net, batch) / len(self.wholes[number])
+
+
+def suggest(rates: Sequence[float], losses: Sequence[float], *, level: float) -> float | None:
+    """The rate at which the loss falls most steeply, before its minimum; None where it falls nowhere.
+
+    Args:
+        rates: climbing in equal factors.
+        losses: smoothed, one a rate.
+        level: the loss before the first step.
+    """
+    lowest = int(np.argmin(losses)) if losses else 0
+    if not losses or losses[lowest] > (1 - FALL) * level:
+        return None
+    slopes = np.diff([level, *losses[: lowest + 1]])  # over equal steps of the logarithm
+    if len(slopes) < 3:
+        return max(rates[0], rates[lowest] / 10)
+    return rates[int(np.argmin(slopes))]
+
+
+def _blocks(groups: Sequence[Group]) -> dict[str, list[int]]:
+    """Layers that are swept together: a name, and the numbers of their groups. The uppermost is by itself."""
+    layers = sorted({group.layer for group in groups})
+    below = np.array_split(layers[:-1], min(BLOCKS - 1, max(1, len(layers) - 1)))
+    found = {}
+    for block in [*(part.tolist() for part in below if len(part)), layers[-1:]]:
+        ends = [_name(groups, layer) for layer in (block[0], block[-1])]
+        name = ends[0] if len(block) == 1 else " to ".join(ends)
+        found[name] = [number for number, group in enumerate(groups) if group.layer in block]
+    return found
+
+
+def _name(groups: Sequence[Group], layer: int) -> str:
+    """What the names of a layer's parameters begin with in common; else the first's module."""
+    names = [name.split(".")[:-1] for group in groups if group.layer == layer for name in group.names]
+    common = [word for word, _ in takewhile(lambda pair: pair[0] == pair[1], zip(min(names), max(names), strict=False))]
+    return ".".join(common or names[0])
+
+
+@contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    """What is drawn in the block changes nothing of what is drawn after it."""
+    state = np.random.get_state()
+    try:
+        with torch.random.fork_rng(range(torch.accelerator.device_count())):
+            yield
+    finally:
+        np.random.set_state(state)

@@ -1,0 +1,381 @@
+"""A training from start to files: the net, its phases, its MLflow run; gone on with where it was stopped.
+
+The train stage is one job; cross-validation and tuning are several.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pandas as pd
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+
+from pipeline import nets, paths, provenance, tracking
+from pipeline.analysis import finder_plot, inference, metrics, plots, schedule_view
+from pipeline.config import flat
+from pipeline.data.datamodule import Batches, PictureData, Pictures
+from pipeline.data.store import Store
+from pipeline.errors import UserError, blaming
+from pipeline.files import fresh_folder
+from pipeline.outbox import warn
+from pipeline.parameters import Config, operational
+from pipeline.training import objective, optim, schedule, weights
+from pipeline.training.checkpoints import load_weights
+from pipeline.training.classifier import Classifier
+from pipeline.training.distillation import Teacher
+from pipeline.training.fit import Log, fit, rank
+from pipeline.training.pretrained import Origin
+from pipeline.training.progress import Outcome, Progress
+from pipeline.training.record import PhaseRecord, Record
+from pipeline.training.schedule import Phase
+from pipeline.training.weights import ModelCard
+
+SHOWN = 32
+"""Pictures drawn of the first training batch."""
+SWEPT = 8
+"""Batches that the learning-rate finder reads."""
+SWEEPS = "lr_find.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be trained, and where it goes."""
+
+    config: Config
+    store: Store
+    out: Path
+    """The model's folder: made whole, or not at all."""
+    progress: Path
+    """Folder for what a resumed training needs."""
+    name: str
+    """Of the run, before the date."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Of the run, beside what every run has."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the weights follow from beside configuration, data and first weights."""
+    watch: Log | None = None
+    """Hears every point of the run's metrics; what it raises ends the training."""
+
+
+def run(job: Job) -> pd.DataFrame | None:
+    """Trains phase by phase; writes the last one's best weights, with checkpoints, curves and the run's id.
+
+    Gives back a row per epoch; None off the leading rank, which writes nothing.
+    """
+    config = job.config
+    leader = rank() == 0
+    L.seed_everything(config.train.seed, workers=True, verbose=False)
+    origin = Origin.read(paths.pretrained(config.model.name))
+    net, card = build(config, job.store, origin)
+    phases = schedule.plan(config.train, net, px=config.px, random_start=origin.start == "random")
+    _check(phases, net, config)
+    if leader:
+        with _locked(job):
+            return _lead(job, net, card, phases, origin)
+    progress = Progress(job.progress, facts=_facts(job, origin), leader=False)
+    _train(job, net, card, phases, progress, log=_another_ranks)
+    return None
+
+
+def build(config: Config, store: Store, origin: Origin) -> tuple[nn.Module, ModelCard]:
+    """The net with the weights that training starts from, and the card of what it will be."""
+    model = config.model
+    with blaming("model.name"):
+        net = nets.build(
+            model.name,
+            num_classes=len(store.meta.classes),
+            in_chans=model.in_chans,
+            drop_rate=model.drop_rate,
+            drop_path_rate=model.drop_path_rate,
+            stem=model.stem,
+            recompute=model.recompute,
+        )
+    if origin.start != "random":
+        weights.load_pretrained(net, weights.read_state(paths.pretrained(model.name) / "weights.safetensors"))
+    mean, std = nets.normalization(net, in_chans=model.in_chans)
+    card = ModelCard(
+        name=model.name,
+        in_chans=model.in_chans,
+        stem=model.stem,
+        classes=store.meta.classes,
+        px=config.px,
+        pack_px=store.meta.px,
+        mean=mean,
+        std=std,
+        start=origin.start,
+        start_source=origin.source,
+        fast_dev_run=config.train.fast_dev_run,
+    )
+    return net, card
+
+
+def _lead(job: Job, net: nn.Module, card: ModelCard, phases: list[Phase], origin: Origin) -> pd.DataFrame:
+    if origin.start == "random":
+        print(f"{card.name} starts from RANDOM weights ({origin.source}): every layer learns from the start")
+    progress = Progress(job.progress, facts=_facts(job, origin), leader=True)
+    if progress.difference:
+        print(f"starting anew, not from the checkpoints of an earlier training: {progress.difference}")
+    with _tracked(job, card, progress) as tracked:
+
+        def log(points: Mapping[str, float], *, step: int) -> None:
+            # Once: what a resumed training does over again has been logged before.
+            tracked.log_metrics(points, step=step, once=True)
+            if job.watch is not None:
+                job.watch(points, step=step)
+
+        pictures = len(job.store.indices("train"))
+        print(schedule_view.text(phases, net, pictures=pictures))
+        outcomes = _train(job, net, card, phases, progress, log=log)
+        rows = _write(job, net, card, phases, outcomes, progress, run=tracked)
+    progress.clear()
+    return rows
+
+
+def _check(phases: list[Phase], net: nn.Module, config: Config) -> None:
+    """Refuses what the net does not take, before anything is begun."""
+    for phase in phases:
+        with blaming("model.name"):
+            nets.check_px(net, phase.px, name=config.model.name)
+        with blaming("train.optimizer"):
+            optim.check_optimizer(phase.optimizer)
+        with blaming("train.phases"):
+            schedule.thaw(net, phase.trainable)
+
+
+def _facts(job: Job, origin: Origin) -> dict[str, Any]:
+    config = job.config
+    known = {key: value for key, value in flat(config).items() if key.split(".")[0] in ("model", "train")}
+    return {
+        **{key: value for key, value in known.items() if key not in operational()},
+        "data.sha256": job.store.meta.sha256,
+        "weights.sha256": origin.sha256,
+        **job.facts,
+    }
+
+
+def _train(
+    job: Job, net: nn.Module, card: ModelCard, phases: list[Phase], progress: Progress, *, log: Log
+) -> list[Outcome]:
+    params, store = job.config.train, job.store
+    train = store.indices("train")
+    balanced = params.class_weights == "balanced"
+    class_weights = objective.class_weights(store.labels[train], num_classes=len(card.classes)) if balanced else None
+    teacher = _teacher(params.teacher, card)
+    outcomes: list[Outcome] = []
+    for phase in phases:
+        epochs, steps = sum(len(o.rows) for o in outcomes), sum(o.steps for o in outcomes)
+        if done := progress.outcome(phase.name):
+            load_weights(net, done.best)
+            outcomes.append(done)
+            continue
+        module = Classifier(
+            net,
+            phase=phase,
+            params=params,
+            pictures=len(train),
+            num_classes=len(card.classes),
+            px=card.px,
+            mean=card.mean,
+            std=card.std,
+            first_epoch=epochs,
+            class_weights=class_weights,
+            teacher=teacher,
+        )
+        data = PictureData(
+            store,
+            px=card.px,
+            in_chans=card.in_chans,
+            batch_size=phase.batch_size,
+            parts=phase.accumulate,
+            chosen=params.transforms,
+            strength=phase.strength,
+            balanced=params.sampling == "balanced",
+            seed=params.seed,
+            workers=params.workers,
+            first_epoch=epochs,
+        )
+        if phase.lr == "find" and rank() == 0:
+            module.rates = _found(module, data, phase, job, progress)
+        outcome = fit(
+            module,
+            data,
+            params=params,
+            folder=progress.phase_folder(phase.name),
+            first_epoch=epochs,
+            first_step=steps,
+            log=log,
+        )
+        module.close()
+        progress.finish(phase.name, outcome)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def _found(module: Classifier, data: PictureData, phase: Phase, job: Job, progress: Progress) -> list[float]:
+    """The learning rates for a phase whose lr is `find`: those found before a stop, or new ones."""
+    if phase.name in progress.rates:
+        return progress.rates[phase.name]
+    params = job.config.train
+    if params.accelerator in ("auto", "gpu") and torch.cuda.is_available():
+        module.to("cuda")
+    batches = [
+        [part.to(module.device) for part in batch]
+        for batch in islice(data.train_dataloader(), SWEPT * phase.accumulate)
+    ]
+
+    def step(net: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
+        with torch.autocast(module.device.type, torch.bfloat16, enabled=params.precision == "bf16-mixed"):
+            return module.losses(net, (batch[0], batch[1]))[0]
+
+    with blaming("train.phases"):
+        found = finder.find(
+            step,
+            module.net,
+            batches,
+            optimizer=phase.optimizer,
+            weight_decay=phase.weight_decay,
+            layer_decay=phase.layer_decay,
+            clip=phase.clip,
+            accumulate=phase.accumulate,
+            seed=params.seed,
+        )
+    folder = progress.phase_folder(phase.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    finder_plot.draw(found.sweeps, folder / SWEEPS)
+    progress.found(phase.name, found.rates)
+    low, high = min(found.rates), max(found.rates)
+    print(f"{phase.name}: found a learning rate of {high:.2g}" + (f" to {low:.2g}" if low < high else ""), flush=True)
+    return found.rates
+
+
+def _teacher(path: str, card: ModelCard) -> Teacher | None:
+    if Path(path) == paths.NO_WEIGHTS:
+        return None
+    with blaming("train.teacher"):
+        return Teacher(Path(path), classes=card.classes, in_chans=card.in_chans)
+
+
+def _write(
+    job: Job,
+    net: nn.Module,
+    card: ModelCard,
+    phases: list[Phase],
+    outcomes: list[Outcome],
+    progress: Progress,
+    *,
+    run: tracking.Run,
+) -> pd.DataFrame:
+    config = job.config
+    rows = pd.DataFrame([row for o in outcomes for row in o.rows])
+    record = Record(
+        run_id=run.id,
+        run_name=run.name,
+        minutes=float(rows["seconds"].sum()) / 60,
+        steps=sum(o.steps for o in outcomes),
+        monitor=config.train.monitor,
+        phases=tuple(_record(p, o, progress.rates) for p, o in zip(phases, outcomes, strict=True)),
+    )
+    for phase, outcome in zip(phases, outcomes, strict=True):
+        best = next(row for row in outcome.rows if row["epoch"] == outcome.best_epoch)
+        points = {f"phase/{phase.name}/{key}": best[key] for key in ("val/loss", "val/top1")}
+        run.log_metrics(points, step=0, once=True)
+    with fresh_folder(job.out) as folder:
+        weights.save_model(folder / "model.safetensors", net, card)
+        shutil.copyfile(outcomes[-1].best, folder / "best.ckpt")
+        shutil.copyfile(outcomes[-1].last, folder / "last.ckpt")
+        record.write(folder)
+        best = rows["epoch"].isin([o.best_epoch for o in outcomes])
+        plots.curves(rows.assign(best=best), folder / "curves.png")
+        pictures = len(job.store.indices("train"))
+        schedule_view.draw(phases, net, folder / "schedule.png", pictures=pictures, rates=progress.rates)
+        if config.train.gradient_norms:
+            gradients = pd.DataFrame([row for o in outcomes for row in o.gradients])
+            metrics.write_csv(gradients, folder / "gradients.csv")
+        for phase in phases:
+            if (drawn := progress.phase_folder(phase.name) / SWEEPS).exists():
+                shutil.copyfile(drawn, folder / f"lr_find_{phase.name}.png")
+        pixels = _first_batch(config, job.store, card, folder / "first_batch.png")
+        for path in sorted(folder.iterdir()):
+            if path.name not in ("last.ckpt", "record.json"):
+                run.log_artifact(path, folder="train")
+    if config.tracking.log_model:
+        run.log_model(inference.with_preprocessing(net, card), example=pixels[:2].float(), classes=card.classes)
+    return rows
+
+
+def _record(phase: Phase, outcome: Outcome, rates: Mapping[str, list[float]]) -> PhaseRecord:
+    return PhaseRecord(
+        name=phase.name,
+        trainable=phase.trainable,
+        epochs=len(outcome.rows),
+        best_epoch=outcome.best_epoch,
+        lr=max(rates[phase.name]) if phase.lr == "find" else phase.lr,
+    )
+
+
+def _first_batch(config: Config, store: Store, card: ModelCard, path: Path) -> torch.Tensor:
+    """Draws the first training batch as the net saw it, augmentation included; gives back its pixels."""
+    pictures = Pictures(
+        store, px=card.px, in_chans=card.in_chans, seed=config.train.seed, chosen=config.train.transforms
+    )
+    batches = Batches(store.indices("train"), batch_size=SHOWN, seed=config.train.seed, shuffle=True)
+    pixels, labels = pictures[next(iter(batches))]
+    shown = [picture.permute(1, 2, 0).numpy() for picture in pixels]
+    plots.grid(shown, [card.classes[label] for label in labels], path, columns=8)
+    return pixels
+
+
+def _another_ranks(metrics: Mapping[str, float], *, step: int) -> None:
+    """The leader logs what all ranks found together."""
+
+
+@contextmanager
+def _tracked(job: Job, card: ModelCard, progress: Progress) -> Iterator[tracking.Run]:
+    config, store = job.config, job.store
+    spool = job.progress / "metrics.spool"
+    run = tracking.Run.resume(progress.run_id, spool=spool) if progress.resumes else None
+    if run is None:
+        if progress.resumes:
+            warn(f"run {progress.run_id}, which this training began as, is not in this store; it goes on as a new one")
+        run = tracking.Run.start(
+            experiment=config.tracking.experiment,
+            name=f"{job.name}-{datetime.now():%Y%m%d-%H%M%S}",
+            tags={
+                **provenance.run_tags(dataset=store.meta.dataset, model=card.name),
+                "weights": card.start_source if card.start != "random" else "random",
+                "start": card.start,
+                "data.sha256": store.meta.sha256,
+                "fast_dev_run": str(card.fast_dev_run).lower(),
+                **job.tags,
+            },
+            spool=spool,
+        )
+    else:
+        print(f"going on with run {run.name} ({run.id}) from its last checkpoint", flush=True)
+    progress.begin(run.id)
+    with tracking.ending(run):
+        run.log_params(flat(config))
+        run.log_artifact(paths.PARAMS)
+        if config.tracking.system_metrics:
+            run.start_system_metrics()
+        yield run
+
+
+@contextmanager
+def _locked(job: Job) -> Iterator[None]:
+    """One training per folder: stopping dvc alone leaves its stage running, and two would mix their checkpoints."""
+    job.progress.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(job.progress / "lock", timeout=0):
+            yield
+    except Timeout:
+        name = job.config.model.name
+        raise UserError(f"{name} is being trained by another process; wait for it, or stop it") from None

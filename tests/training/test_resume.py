@@ -1,0 +1,230 @@
+"""A training that is stopped, however and wherever, goes on to the very weights that it would have had."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from pipeline import tracking
+from pipeline.data import store
+from pipeline.data.store import Row
+from pipeline.training import weights
+from pipeline.training.pretrained import Origin
+from pipeline.training.record import Record
+
+# Of MLflow's own tables.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
+
+ROOT = Path(__file__).parents[2]
+NET = "scratch/resnet20"
+PX = 32
+TRAIN = {
+    "batch_size": 6,
+    "transforms": {"horizontal_flip": {"p": 0.5}, "gaussian_noise": {"p": 0.5}},
+    "mixup": 0.4,
+    "cutmix": 0.5,
+    "average": "ema",
+    "ema_decay": 0.8,
+    "sampling": "balanced",
+    "clip": 1.0,
+    "checkpoint_every": 2,
+    "gradient_norms": True,
+    "phases": {
+        "one": {"epochs": 2, "trainable": "all", "lr": 0.01, "warmup": 0.2, "scheduler": "plateau"},
+        "two": {"steps": 7, "trainable": "last:3", "lr": 0.01, "layer_decay": 0.8, "batch_size": 8, "accumulate": 2},
+    },
+}
+"""Phase one: 2 epochs of 4 steps. Phase two: 7 steps, in epochs of 3."""
+
+DRIVER = """
+import os, signal, sys
+from pipeline.__main__ import main
+from pipeline.training import job, progress
+from pipeline.training.classifier import Classifier
+
+where, name = sys.argv[1], getattr(signal, sys.argv[2])
+phase, _, place = where.partition(":")
+def kill():
+    os.kill(os.getpid(), name)
+def before(owner, method, matches):
+    original = getattr(owner, method)
+    def wrapped(*args, **kwargs):
+        if matches(*args, **kwargs):
+            kill()
+        return original(*args, **kwargs)
+    setattr(owner, method, wrapped)
+if place.isdigit():
+    before(Classifier, "training_step", lambda m, b, i: m.phase.name == phase and m.global_step == int(place))
+elif place.startswith("val"):
+    epoch = int(place[3:])
+    before(Classifier, "validation_step", lambda m, b, i: m.phase.name == phase and m.current_epoch == epoch)
+elif place == "end":
+    before(progress.Progress, "finish", lambda p, name, outcome: name == phase)
+elif place == "write":
+    before(job.weights, "save_model", lambda *a, **k: True)
+sys.exit(main(["train"]))
+"""
+
+
+def _project(folder: Path, **changed: Any) -> Path:
+    yaml = YAML()
+    params = yaml.load(ROOT / "params.yaml")
+    params["data"]["name"] = "tiny"
+    params["augment"]["px"] = PX
+    params["model"].update({"name": NET})
+    params["train"].update({**TRAIN, **changed})
+    params["tracking"].update({"log_model": False, "system_metrics": False})
+    folder.mkdir()
+    yaml.dump(params, folder / "params.yaml")
+    (folder / "models" / "pretrained" / NET).mkdir(parents=True)
+    (folder / "models" / "no-weights").touch()
+    Origin(start="file", source="a test").write(folder / "models" / "pretrained" / NET)
+    torch.manual_seed(0)
+    from pipeline import nets
+
+    net = nets.build(NET, num_classes=5, in_chans=3)
+    weights.save_state(folder / "models" / "pretrained" / NET / "weights.safetensors", net.state_dict())
+    packed = folder / "data" / "prepared" / "tiny"
+    packed.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    rows = (
+        (Row(f"{i}", split, i % 3, 0, PX, PX), rng.integers(0, 256, (PX, PX, 1), dtype=np.uint8))
+        for i, split in enumerate(["train"] * 23 + ["val"] * 6)
+    )
+    store.write(packed, rows, dataset="tiny", classes=("a", "b", "c"), px=PX, channels=1, skipped=[])
+    return folder
+
+
+def _run(folder: Path, stop: str = "never", how: str = "SIGKILL") -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", DRIVER, stop, how],
+        cwd=folder,
+        env={**os.environ, "DVC_ROOT": str(folder), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def _points(folder: Path) -> list[tuple[str, int, float]]:
+    """Every point that MLflow has of the one run, doubled ones as often as they are there."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    run_id = Record.read(folder / "models" / NET / "train").run_id
+    names = client.get_run(run_id).data.metrics
+    return sorted((name, p.step, p.value) for name in names for p in client.get_metric_history(run_id, name))
+
+
+def _same(one: Path, two: Path) -> None:
+    """Weights, rows and metric points, bit by bit."""
+    first, second = (weights.load_model(f / "models" / NET / "train" / "model.safetensors")[0] for f in (one, two))
+    for (name, mine), other in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(mine, other), name
+    assert _points(one) == _points(two)
+    gradients = [(f / "models" / NET / "train" / "gradients.csv").read_text() for f in (one, two)]
+    assert gradients[0] == gradients[1]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = _project(tmp_path_factory.mktemp("whole") / "it")
+    done = _run(folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def _runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tracking.RunRow]:
+    monkeypatch.setenv("DVC_ROOT", str(folder))
+    return tracking.runs()
+
+
+def test_what_is_killed_in_mid_epoch_goes_on_bit_by_bit_in_the_same_run(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _project(tmp_path / "it")
+    for stop in ("one:3", "two:5"):
+        assert _run(folder, stop).returncode == -signal.SIGKILL
+    done = _run(folder)
+    assert done.returncode == 0, done.stderr
+    assert "going on with run" in done.stdout
+    _same(whole, folder)
+    (run,) = _runs(folder, monkeypatch)
+    assert run.status == "FINISHED"
+    assert not (folder / "models" / "progress" / NET / "state.json").exists()
+
+
+@pytest.mark.slow
+def test_no_place_is_wrong_to_be_killed_at(whole: Path, tmp_path: Path) -> None:
+    folder = _project(tmp_path / "it")
+    stops = ["one:0", "one:1", "one:2", "one:val0", "one:4", "one:7", "one:val1", "one:end"]
+    stops += ["two:0", "two:1", "two:2", "two:val0", "two:3", "two:6", "two:val2", "two:end", "two:write"]
+    for stop in stops:
+        assert _run(folder, stop).returncode == -signal.SIGKILL, stop
+    assert _run(folder).returncode == 0
+    _same(whole, folder)
+
+
+@pytest.mark.slow
+def test_loading_workers_change_nothing_of_it(whole: Path, tmp_path: Path) -> None:
+    folder = _project(tmp_path / "it", workers=2)
+    for stop in ("one:3", "one:val1", "two:5"):
+        assert _run(folder, stop).returncode == -signal.SIGKILL, stop
+    assert _run(folder).returncode == 0
+    _same(whole, folder)
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
+def test_a_signal_stops_after_a_checkpoint_with_143(
+    how: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _project(tmp_path / "it", checkpoint_every=1000)
+    stopped = _run(folder, "one:2", how)
+    assert stopped.returncode == 143, stopped.stderr
+    assert "stopping after step 3 of this phase: the same command goes on from here" in stopped.stdout
+    assert not (folder / "models" / NET / "train").exists()
+    assert [run.status for run in _runs(folder, monkeypatch)] == ["KILLED"]
+    assert _run(folder).returncode == 0
+    _same(whole, folder)
+
+
+def test_a_checkpoint_that_cannot_be_read_gives_way_to_the_one_before(whole: Path, tmp_path: Path) -> None:
+    folder = _project(tmp_path / "it")
+    assert _run(folder, "two:5").returncode == -signal.SIGKILL
+    last = folder / "models" / "progress" / NET / "phases" / "two" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    done = _run(folder)
+    assert done.returncode == 0, done.stderr
+    assert "last.ckpt cannot be read" in done.stderr
+    _same(whole, folder)
+
+
+def test_another_configuration_begins_anew_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _project(tmp_path / "it")
+    assert _run(folder, "two:5").returncode == -signal.SIGKILL
+    yaml = YAML()
+    params = yaml.load(folder / "params.yaml")
+    params["train"].update({"weight_decay": 0.5, "workers": 1})
+    yaml.dump(params, folder / "params.yaml")
+    done = _run(folder, "one:1")
+    assert "not from the checkpoints of an earlier training: train.weight_decay was 0.01 and is 0.5" in done.stdout
+    assert "more)" not in done.stdout  # the number of workers changes no result
+    state = json.loads((folder / "models" / "progress" / NET / "state.json").read_text())
+    assert state["facts"]["train.weight_decay"] == 0.5
+    assert not (folder / "models" / "progress" / NET / "phases" / "two").exists()
+    assert len(_runs(folder, monkeypatch)) == 2
+
+
+def test_checkpoints_hold_nothing_that_could_run(whole: Path) -> None:
+    for name in ("best.ckpt", "last.ckpt"):
+        state = torch.load(whole / "models" / NET / "train" / name, weights_only=True)
+        assert {"state_dict", "optimizer_states", "lr_schedulers", "loops"} <= set(state)
