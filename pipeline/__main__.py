@@ -291,6 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     args = _parser().parse_args(words)
     os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network for its version at each import
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     try:

@@ -216,6 +216,7 @@ def _begin(model: str, facts: Mapping[str, Any]) -> None:
     differs = [key for key in {**known, **facts} if known.get(key) != facts.get(key)]
     if known and differs:
         told = f"{differs[0]} was {known.get(differs[0], 'unset')} and is {facts.get(differs[0], 'unset')}"
+        told += f" (and {len(differs) - 1} more)" if differs[1:] else ""
         print(f"starting anew, in place of an earlier cross-validation: {told}")
     (folder / FACTS).unlink(missing_ok=True)  # first, since it is what the folds are taken up by
     shutil.rmtree(folder, ignore_errors=True)

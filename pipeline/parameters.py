@@ -116,7 +116,7 @@ class PhaseParams(Params):
     all; MODULE and NAME may have wildcards, and several are joined by +, such as head+params:*.bias."""
     epochs: Auto | Annotated[int, Field(ge=1)] = "auto"
     """Passes over the training pictures."""
-    steps: int = Field(0, ge=0)
+    steps: int = Field(default=0, ge=0)
     """Optimiser steps in place of `epochs`; 0 for epochs."""
     lr: Auto | Literal["find"] | Rate = "auto"
     """Peak learning rate, or find to look for one before the phase."""
@@ -140,7 +140,7 @@ class PhaseParams(Params):
     """Parts that a batch is computed in."""
     px: Auto | Annotated[int, Field(ge=8, le=1024)] = "auto"
     """Side that pictures are resized to in this phase, in pixels: small ones first is progressive resizing."""
-    strength: float = Field(1.0, ge=0, le=1)
+    strength: float = Field(default=1.0, ge=0, le=1)
     """Of online augmentation: the probability of each transform is multiplied by this."""
 
 

@@ -2,14 +2,16 @@
 
 A study is a file, experiments/NAME/study.yaml. `run` trains each variant with each seed as a DVC experiment of the
 usual chain, under one parent run in MLflow, and writes what came out beside the file and into docs/experiments.md. What
-DVC has in its cache is not trained again, so an interrupted study goes on where it was.
+DVC has in its cache is not trained again, so an interrupted study goes on where it was. An ablation is a study without
+a file: `ablation` makes it, and `run_all` runs it too.
 """
 
 import hashlib
 import json
 import os
+import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from pipeline import config, experiment, paths, tracking
 from pipeline.errors import UserError, nearest
 from pipeline.files import fresh_file
-from pipeline.parameters import Config, Params
+from pipeline.parameters import Config, Params, operational
 
 FOLDER = Path("experiments")
 Size = Literal["small", "full"]
@@ -42,7 +44,7 @@ class Variant(Params):
 
 
 class Study(Params):
-    """The whole of a study.yaml."""
+    """The whole of a study.yaml, or what `ablation` makes of params.yaml."""
 
     title: str
     question: str
@@ -53,12 +55,13 @@ class Study(Params):
     """What is drawn and judged, in percent: of the last epoch in training, or of the test split."""
     x_label: str = ""
     """Name of the plot's axis of numbers, where the variants have `x`."""
-    seeds: list[int] = Field(min_length=3)
-    """Seeds that every variant is trained with."""
+    seeds: list[int] = Field(min_length=2)
+    """Seeds that every variant is trained with; three or more in a study.yaml."""
     settings: Settings
     """What all runs have in common, at either size."""
-    sizes: dict[Size, Settings]
-    """small runs on two processor cores in 20 minutes or less; full is the paper's, or as near as one machine gets."""
+    sizes: dict[Size, Settings] = Field(default={})
+    """small runs on two processor cores in 20 minutes or less; full is the paper's, or as near as one machine gets.
+    Both in a study.yaml; an ablation has none."""
     variants: dict[str, Variant] = Field(min_length=2)
     """By name, in the order of the plot."""
     pairs: list[tuple[str, str]]
@@ -66,16 +69,18 @@ class Study(Params):
 
     @model_validator(mode="after")
     def _complete(self) -> "Study":
-        if set(self.sizes) != {"small", "full"}:
-            raise ValueError("sizes must have small and full")
         for name in (name for pair in self.pairs for name in pair):
             if name not in self.variants:
                 raise ValueError(f"pairs: {name}: no such variant{nearest(name, self.variants)}")
         return self
 
-    def overrides(self, variant: str, *, seed: int, size: Size) -> Settings:
+    def common(self, size: Size | None) -> Settings:
+        """What all runs of a size set in params.yaml."""
+        return {**self.settings, **(self.sizes[size] if size else {})}
+
+    def overrides(self, variant: str, *, seed: int, size: Size | None) -> Settings:
         """Everything that one run sets in params.yaml."""
-        return {**self.settings, **self.sizes[size], **self.variants[variant].settings, "train.seed": seed}
+        return {**self.common(size), **self.variants[variant].settings, "train.seed": seed}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +118,7 @@ def read(name: str) -> Study:
     if not path.is_file():
         raise UserError(f"{name}: no such study{nearest(name, names())}")
     try:
-        return Study.model_validate(YAML(typ="safe").load(path))
+        study = Study.model_validate(YAML(typ="safe").load(path))
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None
@@ -122,6 +127,11 @@ def read(name: str) -> Study:
         place = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{path}: {place + ': ' if place else ''}{message}") from None
+    if len(study.seeds) < 3:
+        raise UserError(f"{path}: seeds: name at least 3")
+    if set(study.sizes) != {"small", "full"}:
+        raise UserError(f"{path}: sizes: must be small and full")
+    return study
 
 
 def run(name: str, *, size: Size, variants: list[str] | None = None) -> None:
@@ -136,31 +146,73 @@ def run(name: str, *, size: Size, variants: list[str] | None = None) -> None:
     from pipeline.analysis import study_report
 
     study = read(name)
-    chosen = _chosen(study, variants)
-    plans = [
-        (variant, seed, study.overrides(variant, seed=seed, size=size)) for seed in study.seeds for variant in chosen
-    ]
-    wanted = [_checked(name, variant, overrides) for variant, _, overrides in plans]
-    experiment.check_repository()
-    parent = _parent(name, study, size=size, where=wanted[0].tracking.experiment)
-    results = []
-    with tracking.ending(parent), _as_parent(parent):
-        for number, ((variant, seed, overrides), settings) in enumerate(zip(plans, wanted, strict=True), start=1):
-            print(f"== {name}, {variant}, seed {seed}: run {number} of {len(plans)}", flush=True)
-            label = f"{name}-{size}-{variant}-{seed}".replace("/", "-")
-            result = _one(label, variant, seed, overrides, settings)
-            figures = {"test/top1": 1 - result.test_error / 100, "train/top1": 1 - result.train_error / 100}
-            parent.include(result.run, name=label, metrics=figures)
-            results.append(result)
-            print(f"== {variant}: {study.measure.replace('_', ' ')} {getattr(result, study.measure):.2f} %", flush=True)
+
+    def write(parent: tracking.Run, results: list[Result]) -> None:
         if variants:
             return
         folder = _write(name, results, size=size)
         for path in study_report.write(name, study, results, size=size, folder=folder):
             parent.log_artifact(path)
         parent.log_metrics(study_report.metrics(study, results), step=0)
-    print(study_report.text(study, results))
+
+    results = run_all(
+        f"{name}-{size}",
+        study,
+        size=size,
+        variants=_chosen(study, variants),
+        tags={tracking.SERVES: "study", "study": name, "size": size},
+        source=str(FOLDER / name / "study.yaml"),
+        write=write,
+    )
+    if not variants:
+        print(study_report.text(study, results))
+
+
+def run_all(
+    name: str,
+    study: Study,
+    *,
+    size: Size | None,
+    variants: Sequence[str],
+    tags: Mapping[str, str],
+    source: str,
+    write: Callable[[tracking.Run, list[Result]], None],
+) -> list[Result]:
+    """Trains variants of a study with each seed, and gives back what each run came to, seed by seed.
+
+    params.yaml, dvc.lock and the files that all nets share are afterwards as they were.
+
+    Args:
+        name: what DVC's experiments and the parent run are called by.
+        size: of the study, if it has sizes.
+        variants: names of those to train.
+        tags: of the parent run; tracking.SERVES says what it is.
+        source: where the settings stand, for the line of a mistake in them.
+        write: is called at the end, with the parent run while that is open.
+
+    Raises:
+        UserError: one of the settings is wrong, or there is no git repository for DVC's experiments.
+    """
+    plans = [
+        (variant, seed, study.overrides(variant, seed=seed, size=size)) for seed in study.seeds for variant in variants
+    ]
+    wanted = [_checked(source, variant, overrides) for variant, _, overrides in plans]
+    experiment.check_repository()
+    parent = _parent(name, study, wanted[0], size=size, tags=tags)
+    results = []
+    with tracking.ending(parent), _as_parent(parent):
+        for number, ((variant, seed, overrides), settings) in enumerate(zip(plans, wanted, strict=True), start=1):
+            print(f"== {name}, {variant}, seed {seed}: run {number} of {len(plans)}", flush=True)
+            # DVC keeps an experiment as a git reference, which takes no spaces and no slashes.
+            label = re.sub(r"[^\w.-]", "-", f"{name}-{variant}-{seed}")
+            result = _one(label, variant, seed, overrides, settings)
+            figures = {"test/top1": 1 - result.test_error / 100, "train/top1": 1 - result.train_error / 100}
+            parent.include(result.run, name=label, metrics=figures)
+            results.append(result)
+            print(f"== {variant}: {study.measure.replace('_', ' ')} {getattr(result, study.measure):.2f} %", flush=True)
+        write(parent, results)
     print(f"MLflow's parent run: {parent.name} ({parent.id}); DVC's experiments: dvc exp show")
+    return results
 
 
 def published(name: str) -> list[Result]:
@@ -175,43 +227,56 @@ def published(name: str) -> list[Result]:
     return [Result(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
 
 
-def _chosen(study: Study, variants: list[str] | None) -> list[str]:
+def _chosen(study: Study, variants: Sequence[str] | None) -> Sequence[str]:
     for variant in variants or ():
         if variant not in study.variants:
             raise UserError(f"{variant}: no such variant{nearest(variant, study.variants)}")
     return variants or list(study.variants)
 
 
-def _checked(name: str, variant: str, overrides: Settings) -> Config:
+def _checked(source: str, variant: str, overrides: Settings) -> Config:
     try:
         wanted = config.load(overrides=overrides)
         experiment.check_names(wanted)
         experiment.check_net(wanted)
     except UserError as error:
-        raise UserError(f"{FOLDER / name / 'study.yaml'}: {variant}: {error}") from None
+        raise UserError(f"{source}: {variant}: {error}") from None
     return wanted
 
 
-def _parent(name: str, study: Study, *, size: Size, where: str) -> tracking.Run:
-    """The study's run in MLflow: a new one, or that of an earlier start of the same study."""
-    folder = paths.progress(f"study-{name}")
+def _parent(name: str, study: Study, wanted: Config, *, size: Size | None, tags: Mapping[str, str]) -> tracking.Run:
+    """The study's run in MLflow: a new one, or that of an earlier start of the same study of the same parameters."""
+    serves = tags[tracking.SERVES]
+    folder = paths.progress(f"{serves}-{name}")
     folder.mkdir(parents=True, exist_ok=True)
-    spool, note = folder / f"{size}.spool", folder / f"{size}.json"
-    fingerprint = hashlib.sha256(study.model_dump_json().encode()).hexdigest()
+    spool, note = folder / "metrics.spool", folder / "parent.json"
+    fingerprint = _fingerprint(study, size=size)
     known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
     if known.get("study") == fingerprint and (resumed := tracking.Run.resume(known["run"], spool=spool)):
         return resumed
-    tags = {
-        tracking.SERVES: "study",
-        "study": name,
-        "size": size,
-        "mlflow.note.content": f"{study.title}. {study.question}",
-    }
-    parent = tracking.Run.start(experiment=where, name=f"study-{name}-{size}", tags=tags, spool=spool)
-    parent.log_params({"study": name, "size": size, "seeds": study.seeds, **study.settings, **study.sizes[size]})
+    parent = tracking.Run.start(
+        experiment=wanted.tracking.experiment,
+        name=f"{serves}-{name}",
+        tags={**tags, "mlflow.note.content": f"{study.title}. {study.question}"},
+        spool=spool,
+    )
+    told = {key: value for key, value in tags.items() if key != tracking.SERVES}
+    parent.log_params({**told, "seeds": study.seeds, **study.common(size)})
     with fresh_file(note) as beside:
         beside.write_text(json.dumps({"study": fingerprint, "run": parent.id}), encoding="utf-8")
     return parent
+
+
+def _fingerprint(study: Study, *, size: Size | None) -> str:
+    """Of all that the runs follow from: the study, and what it leaves to params.yaml."""
+    of_all = set.intersection(*(set(variant.settings) for variant in study.variants.values()))
+    own = tuple(f"{key}." for key in ("train.seed", *study.common(size), *of_all))
+    left = {
+        key: value
+        for key, value in config.flat(config.load()).items()
+        if key not in operational() and not f"{key}.".startswith(own)
+    }
+    return hashlib.sha256(json.dumps([study.model_dump(), left]).encode()).hexdigest()
 
 
 @contextmanager

@@ -207,7 +207,7 @@ def test_the_full_size_leaves_the_page_alone(chain: Chain) -> None:
     ("old", "new", "message"),
     [
         ("title:", "titel:", r"^experiments/tiny/study\.yaml: title: Field required"),
-        ("[0, 1, 2]", "[0, 1]", r"seeds: List should have at least 3 items"),
+        ("[0, 1, 2]", "[0, 1]", r"study\.yaml: seeds: name at least 3"),
         ("[[resnet, lenet]]", "[[resnet, lenett]]", r"pairs: lenett: no such variant; did you mean lenet"),
         ("scratch/lenet5", "scratch/lenet", r"study\.yaml: lenet: scratch/lenet: no such net; did you mean"),
         ("train.batch_size", "train.batchsize", r"study\.yaml: lenet: train\.batchsize: no such parameter"),

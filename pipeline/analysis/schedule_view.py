@@ -115,9 +115,7 @@ def _simulated(phase: Phase, net: nn.Module, rates: Sequence[float] | None, *, p
     lr = phase.lr if rates is None else rates
     assert lr != "find"
     optimizer = optim.optimizer(net, name="sgd", lr=lr, weight_decay=phase.weight_decay, layer_decay=phase.layer_decay)
-    scheduler = optim.scheduler(
-        optimizer, name=phase.scheduler, total_steps=points, steps_per_epoch=points, warmup=phase.warmup
-    )
+    scheduler = optim.scheduler(optimizer, name=phase.scheduler, total_steps=points, warmup=phase.warmup)
     rows: list[tuple[float, ...]] = []
     with warnings.catch_warnings():
         # That no optimiser steps in between is the point here.

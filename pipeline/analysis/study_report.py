@@ -113,6 +113,11 @@ def metrics(study: "Study", results: "Sequence[Result]") -> dict[str, float]:
     return found
 
 
+def plain(value: Any) -> str:
+    """A value as params.yaml would have it, on one line."""
+    return json.dumps(value).replace('"', "")
+
+
 def _values(study: "Study", results: "Sequence[Result]", variant: str) -> list[float]:
     return [getattr(result, study.measure) for result in results if result.variant == variant]
 
@@ -123,14 +128,9 @@ def _settings(study: "Study") -> str:
     keys = dict.fromkeys(key for settings in sizes for key in settings)
     lines = ["| parameter | small, as run here | full size: `SIZE=full` |", "| --- | --- | --- |"]
     for key in keys:
-        cells = [f"`{_plain(settings[key])}`" if key in settings else "as in params.yaml" for settings in sizes]
+        cells = [f"`{plain(settings[key])}`" if key in settings else "as in params.yaml" for settings in sizes]
         lines.append(f"| `{key}` | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _plain(value: Any) -> str:
-    """A value as params.yaml would have it, on one line."""
-    return json.dumps(value).replace('"', "")
 
 
 def _plot(study: "Study", results: "Sequence[Result]", path: Path) -> Path:

@@ -132,7 +132,8 @@ class TrainLoader(DataLoader[Batch]):
     _handed_out = 0
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self._batches.epoch, "batches": self._handed_out}
+        # After an epoch's last batch, the place is the beginning of the next one.
+        return {"epoch": self._batches.epoch + (self._handed_out == 0), "batches": self._handed_out}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         # Now, and not when Lightning says the epoch: workers begin with the next batches before that.

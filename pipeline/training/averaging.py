@@ -10,15 +10,16 @@ from torch import Tensor, nn
 class Average(nn.Module):
     """A net whose weights are an average of another's.
 
-    - ema: exponential moving average (Polyak and Juditsky 1992; Tarvainen and Valpola, "Mean teachers", 2017). Update n,
-      counted from 0, keeps min(decay, (1 + n) / (10 + n)) of the average, so that the first weights are soon forgotten
-      (the warm-up of TensorFlow's ExponentialMovingAverage).
+    - ema: exponential moving average (Polyak and Juditsky 1992; Tarvainen and Valpola, "Mean teachers", 2017). Update
+      n, counted from 0, keeps min(decay, (1 + n) / (10 + n)) of the average, so that the first weights are soon
+      forgotten (the warm-up of TensorFlow's ExponentialMovingAverage).
     - swa: the mean of all updates, each counting the same (Izmailov et al., "Averaging Weights Leads to Wider Optima",
       2018). The first update replaces the weights that were copied at the start.
 
-    The statistics of batch norms are averaged like weights, in place of another pass over the pictures. What is the same
-    in net and average stays so to the bit, and what does not learn, or is no floating-point number, is copied. The
-    state holds the averaged net and the count: a resumed average goes on to the same bits.
+    The statistics of batch norms are averaged like weights, in place of another pass over the pictures. What does not
+    learn, or is no floating-point number, is copied, and values that are equal in net and average stay equal, so that
+    what is frozen is frozen here, too. The state holds the averaged net and the count: a resumed average goes on to
+    the same bits.
 
     Args:
         net: on its device, in its memory format; a deep copy of it is the average before the first update.
@@ -43,14 +44,14 @@ class Average(nn.Module):
         """Takes in the present weights of the net, which must be the one that was copied or its like."""
         share = self._share()
         with torch.no_grad():
-            for mean, parameter in zip(self.net.parameters(), net.parameters(), strict=True):
+            for own, parameter in zip(self.net.parameters(), net.parameters(), strict=True):
                 if parameter.requires_grad:
-                    mean.lerp_(parameter, share)
+                    own.lerp_(parameter, share)
                 else:
-                    mean.copy_(parameter)
+                    own.copy_(parameter)
             for mean, buffer in zip(self.net.buffers(), net.buffers(), strict=True):
                 if buffer.is_floating_point():
-                    # The infinities of an attention's mask are constant, and would give inf - inf.
+                    # The infinities of an attention's mask never change, and would give inf - inf.
                     mean.copy_(torch.where(mean == buffer, buffer, mean.lerp(buffer, share)))
                 else:
                     mean.copy_(buffer)

@@ -98,6 +98,7 @@ class Checkpoints(L.Callback):
     def _save(self, trainer: L.Trainer, name: str, *, alone: bool = False) -> None:
         """Writes a checkpoint; `alone` where the other ranks are not known to be here, too."""
         beside = self._folder / f".{name}.part"
+        trainer.lightning_module.alone = alone  # type: ignore[assignment]
         if alone:
             # The ranks' states are the same after every step, so the leader's is the whole one.
             if trainer.is_global_zero:

@@ -18,7 +18,7 @@ from pipeline.training import optim, penalties, schedule
 from pipeline.training.averaging import Average
 from pipeline.training.distillation import Teacher, distance
 from pipeline.training.mixing import Mixer
-from pipeline.training.normalize import Normalize
+from pipeline.training.normalize import Normalize, resized
 from pipeline.training.objective import Objective
 from pipeline.training.penalties import Activity
 from pipeline.training.schedule import Phase
@@ -61,6 +61,8 @@ class Classifier(L.LightningModule):
         self.phase = phase
         self.rates: Sequence[float] | None = None
         """Of the optimiser's groups, where they were looked for; else the phase's."""
+        self.alone = False
+        """Whether a checkpoint is being written by this rank while the others may be elsewhere."""
         self.normalize = Normalize(mean, std)
         self.objective = Objective(
             loss=params.loss,
@@ -100,6 +102,21 @@ class Classifier(L.LightningModule):
             if self.average is not None:
                 self.average.eval()
         return self
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What the ranks have counted in this epoch so far, together."""
+        if self.trainer.world_size > 1 and not self.alone:
+            for name, counted in self._counts(checkpoint).items():
+                total = self.trainer.strategy.reduce(counted.clone().to(self.device), reduce_op="sum")
+                checkpoint["state_dict"][name] = total
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Only the leader goes on with what all had counted; nobody, with what Lightning would yet have reset."""
+        (loader,) = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+        between_epochs = loader["batches"] == 0
+        for counted in self._counts(checkpoint).values():
+            if between_epochs or self.global_rank:
+                counted.zero_()
 
     def on_train_start(self) -> None:
         if self._teacher is not None:
@@ -153,8 +170,7 @@ class Classifier(L.LightningModule):
 
     def validation_step(self, batch: Batch, index: int) -> None:  # noqa: ARG002, Lightning's signature
         pixels, labels = batch
-        net = self.average.net if self.averages else self.net
-        logits = net(self._prepared(pixels))
+        logits = self._judged()(self._prepared(pixels))
         loss = F.cross_entropy(logits, labels)
         self._check_finite(loss, f"validation after epoch {self.current_epoch + 1}")
         self._count("val", loss, logits, labels)
@@ -164,11 +180,6 @@ class Classifier(L.LightningModule):
         if isinstance(scheduler, optim.Rates):
             value = float(self.trainer.callback_metrics[self._params.monitor])
             scheduler.judge(value, mode="min" if self._params.monitor.endswith("loss") else "max")
-
-    @property
-    def averages(self) -> bool:
-        """Whether there is an average of weights by now, which is what is judged and kept."""
-        return self.average is not None and int(self.average.count) > 0
 
     def close(self) -> None:
         """Takes off what was hung onto the net."""
@@ -190,22 +201,25 @@ class Classifier(L.LightningModule):
             optimizer,
             name=phase.scheduler,
             total_steps=total,
-            steps_per_epoch=phase.steps_an_epoch(self.pictures),
             warmup=phase.warmup,
         )
         if scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _resized(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        """Pictures at the phase's side, antialiased where it is another than theirs."""
-        if pixels_BCHW.shape[-1] == self.phase.px:
-            return pixels_BCHW
-        size = (self.phase.px, self.phase.px)
-        return F.interpolate(pixels_BCHW.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
+    def _judged(self) -> nn.Module:
+        """The net whose weights are judged and kept: the average, once there is one."""
+        if self.average is not None and int(self.average.count) > 0:
+            return self.average.net
+        return self.net
+
+    def _counts(self, checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The sums behind the training metrics of the epoch, in a checkpoint."""
+        state = checkpoint["state_dict"]
+        return {name: tensor for name, tensor in state.items() if name.startswith(("train_loss.", "train_top1."))}
 
     def _prepared(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        pixels: torch.Tensor = self.normalize(self._resized(pixels_BCHW))
+        pixels: torch.Tensor = self.normalize(resized(pixels_BCHW, self.phase.px))
         return pixels.contiguous(memory_format=self._memory_format)
 
     def _all_logits(self, net: Any, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.errors import UserError
-from pipeline.training.normalize import Normalize
+from pipeline.training.normalize import Normalize, resized
 from pipeline.training.weights import ModelCard, load_model, read_card
 
 
@@ -30,7 +30,7 @@ class Teacher:
         net, card = load_model(path)
         self._net = net.requires_grad_(False)
         self._normalize = Normalize(card.mean, card.std)
-        self._size = (card.px, card.px)
+        self._px = card.px
 
     def to(self, device: torch.device | str) -> "Teacher":
         """Moves it to a device."""
@@ -45,19 +45,14 @@ class Teacher:
             pixels_BCHW: float or uint8, 0 to 255, on the teacher's device, as the pupil sees them; resized (bilinear,
                 antialiased) where the teacher was trained on another size.
         """
-        pixels_BCHW = pixels_BCHW.float()
-        # Not inference_mode: the loss must be able to keep the logits for its backward pass.
+        # Not inference_mode: no backward pass could use such logits.
         with torch.no_grad():
-            if pixels_BCHW.shape[-2:] != self._size:
-                pixels_BCHW = F.interpolate(
-                    pixels_BCHW, size=self._size, mode="bilinear", antialias=True, align_corners=False
-                )
-            logits_BK: Tensor = self._net(self._normalize(pixels_BCHW))
+            logits_BK: Tensor = self._net(self._normalize(resized(pixels_BCHW, self._px)))
         return logits_BK
 
 
 def distance(student_BK: Tensor, teacher_BK: Tensor, *, temperature: float) -> Tensor:
-    """T^2 * KL(teacher || student) between the softmaxes of logits / T, the mean over the pictures, in nats; float32 [].
+    """T^2 * KL(teacher || student) of the softmaxes of logits / T, the mean over the pictures, in nats; float32 [].
 
     T^2 keeps the gradients of the same size whatever the temperature (Hinton et al., "Distilling the Knowledge in a
     Neural Network", 2015, section 2).

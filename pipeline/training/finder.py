@@ -28,6 +28,10 @@ DIVERGED = 4.0
 FALL = 0.01
 """Share of the first loss by which it must fall somewhere; less is noise."""
 
+STEEP = 0.8
+"""Share of the steepest slope that counts as steep: the highest such rate is taken. On seven pairs of net and optimiser
+this lay at 0.4 to 1.5 of the best rate of a short training, and the steepest itself at 0.15 to 1.5."""
+
 B = TypeVar("B")
 
 
@@ -212,7 +216,7 @@ def suggest(rates: Sequence[float], losses: Sequence[float], *, level: float) ->
     slopes = np.diff([level, *losses[: lowest + 1]])  # over equal steps of the logarithm
     if len(slopes) < 3:
         return max(rates[0], rates[lowest] / 10)
-    return rates[int(np.argmin(slopes))]
+    return rates[int(np.flatnonzero(slopes <= STEEP * slopes.min())[-1])]
 
 
 def _blocks(groups: Sequence[Group]) -> dict[str, list[int]]:

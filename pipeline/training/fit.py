@@ -146,7 +146,7 @@ def _ends_together(params: TrainParams, stop: Stop) -> Iterator[None]:
             stop.obey()  # the leader has stopped already, and left this one in a collective
         if any(sign in str(error) for sign in LOST):
             raise UserError(
-                f"another process of this training has ended: {str(error).splitlines()[0]}; "
+                f"another process of this training has ended ({str(error).splitlines()[0].split('. ')[0]}); "
                 "see what it said, and run the same command again to go on"
             ) from None
         raise

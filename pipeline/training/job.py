@@ -27,7 +27,7 @@ from pipeline.errors import UserError, blaming
 from pipeline.files import fresh_folder
 from pipeline.outbox import warn
 from pipeline.parameters import Config, operational
-from pipeline.training import objective, optim, schedule, weights
+from pipeline.training import finder, objective, optim, schedule, weights
 from pipeline.training.checkpoints import load_weights
 from pipeline.training.classifier import Classifier
 from pipeline.training.distillation import Teacher
@@ -125,11 +125,11 @@ def _lead(job: Job, net: nn.Module, card: ModelCard, phases: list[Phase], origin
         print(f"starting anew, not from the checkpoints of an earlier training: {progress.difference}")
     with _tracked(job, card, progress) as tracked:
 
-        def log(points: Mapping[str, float], *, step: int) -> None:
+        def log(metrics: Mapping[str, float], *, step: int) -> None:
             # Once: what a resumed training does over again has been logged before.
-            tracked.log_metrics(points, step=step, once=True)
+            tracked.log_metrics(metrics, step=step, once=True)
             if job.watch is not None:
-                job.watch(points, step=step)
+                job.watch(metrics, step=step)
 
         pictures = len(job.store.indices("train"))
         print(schedule_view.text(phases, net, pictures=pictures))
@@ -284,8 +284,8 @@ def _write(
         phases=tuple(_record(p, o, progress.rates) for p, o in zip(phases, outcomes, strict=True)),
     )
     for phase, outcome in zip(phases, outcomes, strict=True):
-        best = next(row for row in outcome.rows if row["epoch"] == outcome.best_epoch)
-        points = {f"phase/{phase.name}/{key}": best[key] for key in ("val/loss", "val/top1")}
+        row = next(row for row in outcome.rows if row["epoch"] == outcome.best_epoch)
+        points = {f"phase/{phase.name}/{key}": row[key] for key in ("val/loss", "val/top1")}
         run.log_metrics(points, step=0, once=True)
     with fresh_folder(job.out) as folder:
         weights.save_model(folder / "model.safetensors", net, card)

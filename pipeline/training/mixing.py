@@ -9,10 +9,11 @@ from torch.nn import functional as F
 class Mixer:
     """Mixes each picture of a batch with one other: the first with the last, the second with the last but one, ...
 
-    Mixup (Zhang et al. 2017) blends them, lambda of the one and 1 - lambda of the other; CutMix (Yun et al. 2019) pastes
-    a rectangle of the other, lambda being the share of the picture that is left. The targets are blended by the same
-    lambda, which is drawn from Beta(alpha, alpha) for the batch as a whole. With both alphas, a batch is one or the
-    other, by turns at random. Of an odd batch the last picture stays as it is.
+    Mixup (Zhang et al. 2017) blends them, lambda of the one and 1 - lambda of the other; CutMix (Yun et al. 2019)
+    pastes a rectangle of the other, lambda being the share of the picture that is left. The targets are blended by the
+    same lambda, which is drawn from Beta(alpha, alpha) for the batch as a whole; CutMix then takes what the rectangle
+    leaves after the picture's edge has cut it. With both alphas, a batch is the one or the other with equal chance. Of
+    an odd batch the last picture stays as it is.
 
     Every draw is from numpy's global generator: who seeds it gets the same batch again.
 
@@ -24,7 +25,7 @@ class Mixer:
     def __init__(self, *, mixup: float, cutmix: float, num_classes: int) -> None:
         assert mixup > 0 or cutmix > 0
         self._num_classes = num_classes
-        self._mix = Mixup(
+        self._mix = Mixup(  # type: ignore[no-untyped-call]
             mixup_alpha=mixup,
             cutmix_alpha=cutmix,
             prob=1.0,

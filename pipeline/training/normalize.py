@@ -2,6 +2,14 @@
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+
+
+def resized(pixels_BCHW: torch.Tensor, px: int) -> torch.Tensor:
+    """Square pictures at a side of `px`, bilinear and antialiased; as they are where they have it already."""
+    if pixels_BCHW.shape[-2:] == (px, px):
+        return pixels_BCHW
+    return F.interpolate(pixels_BCHW.float(), size=(px, px), mode="bilinear", antialias=True, align_corners=False)
 
 
 class Normalize(nn.Module):

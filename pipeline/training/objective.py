@@ -49,8 +49,8 @@ class Objective(nn.Module):
     - focal: -sum_k t_k w_k (1 - p_k)^gamma log p_k, Lin et al., "Focal Loss for Dense Object Detection", 2017, over a
       softmax in place of sigmoids; gamma 0 is cross_entropy.
 
-    With weights, a batch's mean is as in `F.cross_entropy`: over the pictures' weights for labels, and over the pictures
-    for probabilities.
+    With weights, a batch's mean is as in `F.cross_entropy`: divided by the sum of the pictures' weights for labels, and
+    by the number of pictures for probabilities.
 
     Args:
         label_smoothing: s above, 0 to 1.
@@ -95,6 +95,6 @@ class Objective(nn.Module):
 
     def _focal(self, logits_BK: Tensor) -> Tensor:
         log_p_BK = logits_BK.log_softmax(1)
-        # Not 1 - exp, which is 0 long before p is 1. Above 0, or a gamma below 1 has an infinite slope there.
-        rest_BK = (-log_p_BK.expm1()).clamp(min=torch.finfo(torch.float32).tiny)
+        # Above 0, where a gamma below 1 would have an infinite slope.
+        rest_BK = (1 - log_p_BK.exp()).clamp(min=torch.finfo(torch.float32).tiny)
         return -(rest_BK**self._gamma) * log_p_BK

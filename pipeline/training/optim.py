@@ -147,7 +147,6 @@ def scheduler(
     *,
     name: str,
     total_steps: int,
-    steps_per_epoch: int,  # noqa: ARG001
     warmup: float | Literal["auto"],
 ) -> lr_scheduler.LRScheduler | None:
     """A schedule that is stepped once an optimiser step; None for rates that never move.

@@ -212,9 +212,9 @@ class Restorer(L.LightningModule):
         )
 
     def configure_optimizers(self) -> Any:
-        made = optim.optimizer(self.net, name="adamw", lr=self._lr, weight_decay=0.0)
+        made = optim.optimizer(self.net, name="adamw", lr=self._lr, weight_decay=0.0, layer_decay=1.0)
         num_steps = int(self.trainer.estimated_stepping_batches)
-        moves = optim.scheduler(made, name="onecycle", lr=self._lr, total_steps=num_steps)
+        moves = optim.scheduler(made, name="onecycle", total_steps=num_steps, warmup="auto")
         return [made], [{"scheduler": moves, "interval": "step"}]
 
 

@@ -135,6 +135,13 @@ def test_patients_with_pictures_of_several_classes_stay_whole() -> None:
     assert all(len(sides) == 1 for sides in _sides(groups, split).values())
 
 
+def test_groups_larger_than_their_classs_share_fill_a_split_up_to_its_size() -> None:
+    # 20 classes of five groups of five: validation's 40 pictures are two of each class.
+    labels = [index // 25 for index in range(500)]
+    groups = [f"{index // 5}" for index in range(500)]
+    assert Counter(_assign(labels, [""] * 500, groups=groups)) == {"test": 100, "val": 40, "train": 360}
+
+
 def test_groups_of_one_picture_each_give_the_sizes_of_a_split_without_groups() -> None:
     labels = _labels()
     alone = _assign(labels, [""] * SIZE)
@@ -159,6 +166,7 @@ def test_groups_that_are_all_too_large_are_refused_with_the_parameter_to_raise()
 def test_a_published_split_that_tears_groups_stays_and_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
     published = ["train"] * 100 + ["test"] * 20
     groups = ["torn" if index in (0, 110) else f"{index // 2}" for index in range(120)]
+    groups[39] = groups[119] = ""  # each a group of its own, which nothing can tear
     split = _assign([0, 1] * 60, published, groups=groups)
     assert set(split[100:]) == {"test"}
     assert "test" not in split[:100]

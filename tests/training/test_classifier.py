@@ -15,6 +15,7 @@ from pipeline.data.store import Row, Store
 from pipeline.errors import UserError
 from pipeline.parameters import TrainParams
 from pipeline.training import schedule
+from pipeline.training.checkpoints import load_weights
 from pipeline.training.classifier import Classifier
 from pipeline.training.distillation import Teacher
 from pipeline.training.fit import fit
@@ -363,9 +364,10 @@ def test_a_teacher_pulls_the_logits_towards_its_own(pictures: Store, tmp_path: P
 
     pupil = nets.build("scratch/lenet5", num_classes=3)
     before, names = apart(pupil), set(pupil.state_dict())
-    phase = {"epochs": 1, "lr": 0.1}  # whose end is what is kept, though the labels do not agree
-    _fit(pupil, pictures, tmp_path / "fit", given={"teacher": teacher}, phase=phase, distill_weight=1.0)
-    assert apart(pupil) < 0.9 * before
+    phase = {"epochs": 20, "scheduler": "constant"}
+    outcome = _fit(pupil, pictures, tmp_path / "fit", given={"teacher": teacher}, phase=phase, distill_weight=1.0)
+    load_weights(pupil, outcome.last)  # the best by the labels may be from before
+    assert apart(pupil) < before / 4
     saved = torch.load(tmp_path / "fit" / "best.ckpt", weights_only=True)["state_dict"]
     assert {name for name in saved if name.startswith("net.")} == {f"net.{name}" for name in names}
 

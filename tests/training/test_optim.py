@@ -41,9 +41,7 @@ def _two_rates() -> torch.optim.Optimizer:
 
 
 def _scheduler(made: torch.optim.Optimizer, name: str, **changed: Any) -> Any:
-    return optim.scheduler(
-        made, **({"name": name, "total_steps": 20, "steps_per_epoch": 5, "warmup": "auto"} | changed)
-    )
+    return optim.scheduler(made, **({"name": name, "total_steps": 20, "warmup": "auto"} | changed))
 
 
 def _steps(made: torch.optim.Optimizer, moves: Any, count: int) -> Iterator[list[float]]:
