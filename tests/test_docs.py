@@ -14,9 +14,12 @@ from pipeline.data.catalog import DATASETS
 from pipeline.data.transforms import TRANSFORMS
 
 ROOT = Path(__file__).parents[1]
-README, CONTRIBUTING, PARAMETERS = (
-    (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "docs/parameters.md")
+README, CONTRIBUTING, PARAMETERS, TRAINING = (
+    (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "docs/parameters.md", "docs/training.md")
 )
+
+
+DOCS = ("parameters", "summary", "experiments", "training")
 
 
 def _parameters() -> list[str]:
@@ -82,18 +85,19 @@ def test_the_readme_names_every_study() -> None:
     assert all(name in README for name in study.names())
 
 
-@pytest.mark.parametrize("text", [README, CONTRIBUTING, PARAMETERS])
+@pytest.mark.parametrize("text", [README, CONTRIBUTING, PARAMETERS, TRAINING])
 def test_what_the_documents_set_can_be_set(text: str) -> None:
     settings = re.findall(r"\b((?:data|augment|model|train|evaluate|tracking)\.[a-z_.]+=[^\s\"`]+)", text)
-    config.load(
-        ROOT / "params.yaml", overrides=config.parse_settings([word for word in settings if "weights=" not in word])
-    )
+    words = [word for word in settings if "weights=" not in word and "teacher=" not in word]
+    schedules = [word for word in words if word.startswith("train.phases=")]  # beside which no phase can be set
+    for together in ([word for word in words if word not in schedules], *([word] for word in schedules)):
+        config.load(ROOT / "params.yaml", overrides=config.parse_settings(together))
 
 
 def test_every_file_that_the_documents_name_is_there() -> None:
-    for name in ("README.md", "CONTRIBUTING.md", "docs/parameters.md", "docs/summary.md", "docs/experiments.md"):
-        path = ROOT / name
+    documents = ("README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in DOCS))
+    for path in (ROOT / name for name in documents):
         for link in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", path.read_text()):
-            assert (path.parent / link).exists(), f"{name}: {link}"
+            assert (path.parent / link).exists(), f"{path}: {link}"
     for name in re.findall(r"`((?:pipeline|tests|docs)/[\w/.]+)`", README + CONTRIBUTING):
         assert (ROOT / name).exists(), name

@@ -81,3 +81,14 @@ def test_what_fails_again_is_named_and_holds_nothing_up() -> None:
 def test_a_mistake_of_ours_is_no_outage() -> None:
     with pytest.raises(KeyError):
         Outbox("MLflow", failures=(OSError,)).do("tags", lambda: {}["missing"])
+
+
+def test_a_spool_knows_what_was_added_before_a_stop(tmp_path: Path) -> None:
+    first = Spool(tmp_path / "spool", run_id="a")
+    first.add(Point(1, 10, {"lr": 0.1, "loss": 2.0}))
+    first.acknowledge(1)
+    again = Spool(tmp_path / "spool", run_id="a")
+    assert again.knows(10, ["loss", "lr"])
+    assert not again.knows(10, ["loss"])
+    assert not again.knows(11, ["loss", "lr"])
+    assert not Spool(tmp_path / "spool", run_id="b").knows(10, ["loss", "lr"])

@@ -102,7 +102,7 @@ def draw(
         _named(phase.name, (upper, lower), begin, begin + total, shaded=number % 2 == 0)
         begin += total
     upper.set_ylabel("learning rate", fontsize=12)
-    lower.set_ylabel("parameters that learn, %", fontsize=12)
+    lower.set_ylabel("% of parameters\nthat learn", fontsize=12)
     lower.set_ylim(0, 105)
     lower.set_xlabel("optimiser step", fontsize=12)
     lower.set_xlim(0, begin)
