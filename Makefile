@@ -7,14 +7,14 @@ export DVC_NO_ANALYTICS := 1
 STAMP := $(VENV)/.lock-installed
 
 # A misspelt variable would be ignored, and the default trained.
-KNOWN := MODEL EPOCHS SET NAME SIZE PX SEARCH PORT PYTHON VENV
+KNOWN := MODEL MODELS EPOCHS SET NAME SIZE PX SEARCH PORT FOLDS OFF SEEDS TRIALS PYTHON VENV
 UNKNOWN := $(filter-out $(KNOWN) MAKEFLAGS MFLAGS,$(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$v)))
 ifneq ($(strip $(UNKNOWN)),)
 $(error $(UNKNOWN): no such variable; known: $(KNOWN))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-cpu repro train study test test-all lint format ui compare models summary restore lock clean
+.PHONY: help setup setup-cpu repro train study crossval ablate tune ensemble schedule test test-all lint format ui compare models summary restore lock clean
 
 PIP := python -m pip install --disable-pip-version-check --quiet
 
@@ -63,6 +63,21 @@ train: setup ## another net, earlier results stay: MODEL=resnet18 [EPOCHS=5] [SE
 
 study: setup ## a group of experiments: NAME=depth [SIZE=full]; without NAME, what there is
 	@python -m pipeline study $(if $(NAME),--name '$(NAME)') $(if $(SIZE),--size '$(SIZE)')
+
+schedule: setup ## what learns when, and at which rates [SET="train.phases=gradual_unfreezing"]
+	@python -m pipeline schedule $(if $(SET),--set $(SET))
+
+crossval: setup ## k-fold cross-validation [FOLDS=5]
+	@python -m pipeline crossval $(if $(FOLDS),--folds '$(FOLDS)')
+
+ablate: setup ## what each choice brings: OFF="train.mixup=0 train.clip=0" [SEEDS="0 1 2"] [NAME=...]
+	@python -m pipeline ablate $(if $(OFF),--off $(OFF)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(NAME),--name '$(NAME)')
+
+tune: setup ## search parameters with Optuna [TRIALS=20] [NAME=...]
+	@python -m pipeline tune $(if $(TRIALS),--trials '$(TRIALS)') $(if $(NAME),--name '$(NAME)')
+
+ensemble: setup ## averaged probabilities of trained models: MODELS="resnet18 densenet121" [NAME=...]
+	@python -m pipeline ensemble $(or $(MODELS),$(error name nets: make ensemble MODELS="resnet18 densenet121")) $(if $(NAME),--name '$(NAME)')
 
 test: setup ## the tests, without the slow ones
 	python -m pytest -q

@@ -102,6 +102,40 @@ def _batch_size(args: argparse.Namespace) -> None:
     memory.run(config.load(overrides=config.parse_settings(args.set)))
 
 
+def _crossval(args: argparse.Namespace) -> None:
+    from pipeline import config, crossval
+
+    crossval.run(config.load(), folds=args.folds, seed=args.seed)
+
+
+def _ablate(args: argparse.Namespace) -> None:
+    from pipeline import ablation
+
+    ablation.run(args.off, seeds=args.seeds, name=args.name)
+
+
+def _tune(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from pipeline import tune
+
+    tune.run(
+        trials=args.trials,
+        name=args.name,
+        space=Path(args.space),
+        storage=args.storage,
+        pruner=args.pruner,
+        as_experiment=not args.no_experiment,
+        apply=args.apply,
+    )
+
+
+def _ensemble(args: argparse.Namespace) -> None:
+    from pipeline.analysis import ensemble
+
+    ensemble.run(args.models, name=args.name)
+
+
 def _compare(args: argparse.Namespace) -> None:
     from pipeline import config
     from pipeline.analysis import compare
@@ -204,6 +238,44 @@ COMMANDS = {
             Argument("--variants", "some of its variants alone; then no results are written", default=[], many=True),
         ),
     ),
+    "crossval": Command(
+        "k-fold cross-validation: a fresh net per fold, and predictions for every picture",
+        _crossval,
+        (
+            Argument("--folds", "folds, 2 to 100", type=int, default=5),
+            Argument("--seed", "of the division into folds, in place of augment.seed", type=int),
+        ),
+    ),
+    "ablate": Command(
+        "what each choice brings: switch it off, and train with several seeds",
+        _ablate,
+        (
+            Argument("--off", "choices and their values without them, such as train.mixup=0", default=[], many=True),
+            Argument("--seeds", "seeds that everything is trained with", type=int, default=[0, 1, 2], many=True),
+            Argument("--name", "of the result's folder, in place of the net's", default=""),
+        ),
+    ),
+    "tune": Command(
+        "search good parameters with Optuna; several processes may share one search",
+        _tune,
+        (
+            Argument("--trials", "over all processes and starts together", type=int, default=20),
+            Argument("--name", "of the search, in place of the net's", default=""),
+            Argument("--space", "file of the parameters and their ranges", default="experiments/tune/space.yaml"),
+            Argument("--storage", "URL of a database, in place of a sqlite file", default=""),
+            Argument("--pruner", "median (end poor trials early) or none", default="median"),
+            Argument("--no-experiment", "do not train the best as a DVC experiment", type=bool, default=False),
+            Argument("--apply", "write the best into params.yaml", type=bool, default=False),
+        ),
+    ),
+    "ensemble": Command(
+        "average the probabilities of trained models, and judge them like one",
+        _ensemble,
+        (
+            Argument("models", "nets that have been trained, or model.safetensors files", many=True),
+            Argument("--name", "of the result's folder, in place of the members' names", default=""),
+        ),
+    ),
     "restore": Command(
         "train a U-Net to restore damaged pictures, for the weights of its encoder",
         _restore,
@@ -262,7 +334,9 @@ def _add(parser: argparse.ArgumentParser, argument: Argument) -> None:
         parser.add_argument(argument.name, help=argument.help, action="store_true")
     elif argument.many:
         nargs = "*" if argument.name.startswith("-") else "+"
-        parser.add_argument(argument.name, help=argument.help, nargs=nargs, default=argument.default)
+        parser.add_argument(
+            argument.name, help=argument.help, type=argument.type, nargs=nargs, default=argument.default
+        )
     else:
         parser.add_argument(argument.name, help=argument.help, type=argument.type, default=argument.default)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pipeline import config, tracking
+from pipeline import config, paths, tracking
 from pipeline.analysis import plots, study_report
 from pipeline.analysis.seeds import Difference, Verdict, holm, interval, paired
 from pipeline.analysis.study_report import plain
@@ -64,8 +64,8 @@ def run(off: Sequence[str], *, seeds: Sequence[int], name: str = "") -> None:
     """Trains params.yaml as it stands, and without each choice in turn, with each seed; writes what each brings.
 
     Writes models/ablations/NAME: table.md, results.json and plot.png, which stand on the parent run too. params.yaml,
-    dvc.lock and the files that all nets share are afterwards as they were. What DVC has in its cache is not trained
-    again.
+    dvc.lock and the files that all nets share are afterwards as they were; models/NET holds the full set-up's model,
+    that of params.yaml's own seed where it is among `seeds`. What DVC has in its cache is not trained again.
 
     Args:
         off: words such as `train.mixup=0`: a parameter, and its value without the choice.
@@ -95,13 +95,17 @@ def run(off: Sequence[str], *, seeds: Sequence[int], name: str = "") -> None:
         name,
         study,
         size=None,
-        variants=list(study.variants),
+        variants=[*(variant for variant in study.variants if variant != FULL), FULL],  # whose model is to stay
         tags={tracking.SERVES: "ablation", "ablation": name},
         source="params.yaml",
         write=write,
     )
     print(text(base, study, judge(study, results)))
     print(f"files: {FOLDER / name}")
+    if base.train.seed not in seeds:
+        print(
+            f"{paths.trained(base.model.name)} is of seed {study.seeds[-1]} now; `dvc repro` brings back params.yaml's"
+        )
 
 
 def plan(base: Config, off: Sequence[str], *, seeds: Sequence[int]) -> Study:
@@ -127,7 +131,7 @@ def plan(base: Config, off: Sequence[str], *, seeds: Sequence[int]) -> Study:
         question=f"What does each choice bring? Switched off one at a time: {words}.",
         source="params.yaml",
         measure="test_error",
-        seeds=list(seeds),
+        seeds=sorted(seeds, key=lambda seed: seed == base.train.seed),  # its model is trained last, and stays
         settings={},
         variants=variants,
         pairs=[(_without(key), FULL) for key in choices],
@@ -202,7 +206,7 @@ def _write(
 def _table(rows: Sequence[Row]) -> list[str]:
     percent = f"{100 * CONFIDENCE:g} %"
     lines = [
-        f"| variant | test error % | {percent} interval | more than {FULL} | {percent} interval | p | verdict |",
+        f"| variant | test error % | {percent} interval | minus {FULL}, points | {percent} interval | p | verdict |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for row in rows:

@@ -123,7 +123,8 @@ def read(path: Path, *, given: Config) -> dict[str, Range | Choices]:
                 experiment.check_names(wanted)
                 experiment.check_net(wanted)
             except UserError as error:
-                raise UserError(f"{path}: {'' if name in str(error) else f'{name} {end}: '}{error}") from None
+                told = str(error)
+                raise UserError(f"{path}: {told if told.startswith(name) else f'{name} {end}: {told}'}") from None
     return space
 
 

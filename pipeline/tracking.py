@@ -39,7 +39,7 @@ PARENT = "THAW_PARENT_RUN"
 """Environment variable with the id of the run that new runs are children of."""
 PARENT_TAG = "mlflow.parentRunId"
 SERVES = "serves"
-"""Tag of a run that trains no classifier of its own: what it is for, study or restore."""
+"""Tag of a run that trains no classifier of its own: what it is for, such as study, crossval, tune or restore."""
 SEND_EVERY = 5.0
 """Seconds between two batches of metric points."""
 BATCH = 200

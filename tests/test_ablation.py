@@ -133,16 +133,20 @@ def test_each_choice_is_switched_off_by_itself_with_each_seed(chain: Chain, fold
         (wanted.train.seed, wanted.train.mixup, wanted.train.label_smoothing, bool(wanted.train.transforms))
         for _, wanted, _ in chain.calls
     ]
+    # params.yaml's own set-up and seed at the end, for models/NET to hold afterwards
     assert trained == [
         (seed, *choices)
-        for seed in (0, 2)
-        for choices in ((0.2, 0.1, True), (0, 0.1, True), (0.2, 0, True), (0.2, 0.1, False))
+        for seed in (2, 0)
+        for choices in ((0, 0.1, True), (0.2, 0, True), (0.2, 0.1, False), (0.2, 0.1, True))
     ]
     assert (folder / "params.yaml").read_bytes() == before
     assert not paths.METRICS.exists()
     for label, _, _ in chain.calls:  # a name that git takes for a reference, and so DVC for an experiment
         subprocess.run(["git", "check-ref-format", f"refs/exps/{label}"], check=True)
-    assert [label for label, *_ in chain.calls[:2]] == ["tiny-full-0", "tiny-without-train.mixup-0"]
+    assert [label for label, *_ in chain.calls[:2]] == [
+        "tiny-without-train.mixup-2",
+        "tiny-without-train.label_smoothing-2",
+    ]
 
 
 def test_differences_are_paired_by_seed_and_judged_for_their_number(
@@ -152,7 +156,8 @@ def test_differences_are_paired_by_seed_and_judged_for_their_number(
     assert len(chain.calls) == 12
     found = json.loads(Path("models/ablations/tiny/results.json").read_text())
     rows = {row["variant"]: row for row in found["variants"]}
-    assert rows["full"]["errors"] == [10.0, 13.0, 17.0]
+    assert found["seeds"] == [1, 2, 0]
+    assert rows["full"]["errors"] == [13.0, 17.0, 10.0]
     assert rows["full"]["effect"] is None
     expected = stats.ttest_1samp(rows["full"]["errors"], 0).confidence_interval(0.95)
     assert (rows["full"]["low"], rows["full"]["high"]) == pytest.approx((expected.low, expected.high))
@@ -200,7 +205,7 @@ def test_table_plot_and_figures_are_on_the_parent_run_that_another_start_takes_u
     assert {called for *_, called in chain.calls} == {parent.id}
     assert (parent.name, parent.status) == ("ablation-scratch-lenet5", "FINISHED")
     assert parent.tags[tracking.SERVES] == "ablation"
-    assert parent.params["seeds"] == "[0, 1, 2]"
+    assert parent.params["seeds"] == "[1, 2, 0]"
     assert parent.metrics["without train.mixup/difference"] == pytest.approx(2)
     assert parent.metrics["full/test_error"] == pytest.approx(40 / 3, abs=1e-4)
     kept = {path.name for path in Path("mlartifacts").rglob("*") if path.is_file()}
@@ -232,7 +237,7 @@ def test_other_parameters_make_another_parent(chain: Chain) -> None:
         ([], [0, 1], r"^--off: name what to switch off"),
         (["train.mixup=0"], [0], r"^--seeds: name at least 2"),
         (["train.mixup=0"], [0, 0], r"^--seeds: 0: named 2 times"),
-        (["train.mixup=0"], [0, -1], r"^params\.yaml: full: train\.seed: input should be greater"),
+        (["train.mixup=0"], [0, -1], r"^params\.yaml: without train\.mixup: train\.seed: input should be greater"),
         (["model.name=scratch/lenet"], [0, 1], r"^params\.yaml: without model\.name: scratch/lenet: no such net; did"),
     ],
 )
@@ -250,6 +255,15 @@ def test_a_mistake_is_one_line_before_anything_runs(
 def test_a_name_that_is_no_folder_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=r"^--name .*: use letters"):
         ablation.run(OFF, seeds=[0, 1], name=name)
+
+
+def test_a_seed_that_is_not_the_files_leaves_another_model_and_says_so(
+    chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ablation.run(OFF[:1], seeds=[1, 2], name="tiny")
+    last = chain.calls[-1][1].train
+    assert (last.seed, last.mixup) == (2, 0.2)
+    assert "models/scratch/lenet5/train is of seed 2 now; `dvc repro` brings back" in capsys.readouterr().out
 
 
 def test_a_trial_says_that_it_means_nothing(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,6 +152,16 @@ def test_all_runs_are_children_of_one_parent_that_another_start_takes_up(chain: 
     assert parent.params["data.name"] == "digits"
 
 
+def test_a_parent_is_taken_up_as_long_as_the_runs_follow_from_the_same_parameters(chain: Chain) -> None:
+    study.run("tiny", size="small")
+    config.write(overrides={"model.name": "densenet121", "train.workers": 1})  # what each variant sets, and no result's
+    study.run("tiny", size="small", variants=["lenet"])
+    assert len({called for _, _, called in chain.calls}) == 1
+    config.write(overrides={"train.weight_decay": 0.5})
+    study.run("tiny", size="small", variants=["lenet"])
+    assert len({called for _, _, called in chain.calls}) == 2
+
+
 def test_runs_that_another_study_made_stand_under_the_second_s_parent_too(chain: Chain) -> None:
     study.run("tiny", size="small")
     other = chain.folder / "experiments/other"
@@ -208,6 +218,12 @@ def test_the_full_size_leaves_the_page_alone(chain: Chain) -> None:
     [
         ("title:", "titel:", r"^experiments/tiny/study\.yaml: title: Field required"),
         ("[0, 1, 2]", "[0, 1]", r"study\.yaml: seeds: name at least 3"),
+        (
+            "  small: {",
+            "  little: {",
+            r"^experiments/tiny/study\.yaml: sizes\.little\.\[key\]: Input should be 'small'",
+        ),
+        ("  full: {train.batch_size: 128}", "", r"study\.yaml: sizes: must be small and full"),
         ("[[resnet, lenet]]", "[[resnet, lenett]]", r"pairs: lenett: no such variant; did you mean lenet"),
         ("scratch/lenet5", "scratch/lenet", r"study\.yaml: lenet: scratch/lenet: no such net; did you mean"),
         ("train.batch_size", "train.batchsize", r"study\.yaml: lenet: train\.batchsize: no such parameter"),

@@ -4,6 +4,7 @@ Smith, "Cyclical Learning Rates for Training Neural Networks", 2017. A rate is j
 the rates around it are at work, so that a handful of batches, over and over, is enough.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -73,15 +74,17 @@ def find(
     """Looks for the learning rates of a phase.
 
     First all layers together, the rate climbing in equal factors from `low` to `high`. Where layers have rates of their
-    own (`layer_decay` below 1) and several learn, each is then swept alone, in half as many steps, the others standing
-    still. Standing still and not learning slowly: else the loss would fall whatever the layer does, and the sweep would
-    tell of the others. Alone a layer bears a higher rate than in company, so these rates are taken as proportions, and
-    a last sweep of all layers in these proportions finds what to multiply them by; none gets more than alone. A layer
-    that does nothing alone (below a head of zeros there is no gradient) has its share of the joint rate by layer_decay.
+    own (`layer_decay` below 1) and several learn, each is then swept alone, in a quarter of the steps, the others
+    standing still. Standing still and not learning slowly: else the loss would fall whatever the layer does, and the
+    sweep would tell of the others. But alone a layer bears a higher rate than in company, and so short a sweep is
+    rough. So each layer's rate is half-way, in logarithms, between its share of the joint rate by `layer_decay` and its
+    own, all times one factor that leaves their geometric mean where the shares had it. A layer that does nothing alone
+    (below a head of zeros there is no gradient) keeps its share.
 
-    The suggestion is where the smoothed loss falls most steeply over the logarithm of the rate, before its minimum; a
-    tenth of the minimum's rate where that cannot be told. A batch's loss is taken relative to what it was at first, and
-    its random numbers (dropout, mixup) are the same each time, so that batches are comparable, however few.
+    The suggestion is the highest rate before the loss's minimum at which the smoothed loss still falls, over the
+    logarithm of the rate, about as steeply as it ever does; a tenth of the minimum's rate where there are too few
+    points to tell. A batch's loss is taken relative to what it was at first, and its random numbers (dropout, mixup) are
+    the same each time, so that batches are comparable, however few.
 
     Every sweep trains a deep copy: the net, its buffers and modes, and the random numbers to come stay as they are.
 
@@ -113,24 +116,19 @@ def find(
         joint = trial.sweep("all layers", shares, levels=levels, steps=steps)
         if joint is None:
             raise UserError(f"train.lr find: the loss falls at no rate between {low:g} and {high:g}; give a number")
+        prior = [joint.suggestion * share for share in shares]
         blocks = _blocks(groups)
         if len(blocks) == 1:
-            return Found([max(low, joint.suggestion * share) for share in shares], [joint])
-        alone = [joint.suggestion * share for share in shares]
-        sweeps = {}
-        for name, members in blocks.items():
-            own = [float(number in members) for number in range(len(groups))]
-            sweep = trial.sweep(name, own, levels=levels, steps=steps // 4)
-            if sweep is not None:
-                sweeps[name] = sweep
-                alone = [sweep.suggestion if on else rate for on, rate in zip(own, alone, strict=True)]
-        together = trial.sweep(
-            "all layers, in these proportions", [rate / max(alone) for rate in alone], levels=levels, steps=steps
-        )
-    factor = 1.0 if together is None else min(1.0, together.suggestion / max(alone))
-    rates = [max(low, rate * factor) for rate in alone]
-    told = [sweep._replace(suggestion=rates[blocks[name][0]]) for name, sweep in sweeps.items()]
-    return Found(rates, [joint, *told, *([together] if together else [])])
+            return Found(prior, [joint])
+        sweeps = {
+            name: trial.sweep(name, [float(n in own) for n in range(len(groups))], levels=levels, steps=steps // 4)
+            for name, own in blocks.items()
+        }
+    steepest = {n: sweep.suggestion for name, sweep in sweeps.items() if sweep for n in blocks[name]}
+    departures = np.array([math.log(steepest.get(n, rate) / rate) / 2 for n, rate in enumerate(prior)])
+    rates = [min(high, float(rate)) for rate in prior * np.exp(departures - departures.mean())]
+    told = [sweep._replace(suggestion=rates[blocks[name][-1]]) for name, sweep in sweeps.items() if sweep]
+    return Found(rates, [joint, *told])
 
 
 @dataclass(frozen=True, kw_only=True)
