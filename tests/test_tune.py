@@ -385,7 +385,7 @@ def test_a_stopped_trial_goes_on_from_its_checkpoints_with_its_settings(training
     assert not list((trials.folder_of("a") / "working").iterdir())
 
 
-def _worker(pause: float, kill: bool) -> None:
+def _worker(*, kill: bool, alone: bool) -> None:
     """What the processes below run: a sweep of four trials with stand-ins for trainings."""
 
     def train(one: Job) -> pd.DataFrame:
@@ -395,21 +395,24 @@ def _worker(pause: float, kill: bool) -> None:
             one.progress.mkdir(parents=True)
             (one.progress / "checkpoint").touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(pause)
+        deadline = time.monotonic() + 100
+        while not alone and len({process for _, process, _ in _begun()}) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
         return _stand_in(one)
 
     job.run = train
-    trials.HEARTBEAT_S, trials.STALE_S = 1, 3
+    if alone:
+        trials.HEARTBEAT_S, trials.STALE_S = 1, 3
     _run(4, pruner="none")
 
 
-def _start(pause: float, *, kill: bool = False) -> "subprocess.Popen[str]":
+def _start(*, kill: bool = False, alone: bool = True) -> "subprocess.Popen[str]":
     code = (
         "import importlib.util, sys\n"
         f"spec = importlib.util.spec_from_file_location('tests_of_tune', {str(Path(__file__))!r})\n"
         "module = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(module)\n"
-        f"module._worker({pause}, {kill})\n"
+        f"module._worker(kill={kill}, alone={alone})\n"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -426,7 +429,7 @@ def _begun() -> list[list[str]]:
 
 @pytest.mark.usefixtures("folder")
 def test_two_processes_share_the_trials_and_one_writes_the_results() -> None:
-    processes = [_start(0.5) for _ in range(2)]
+    processes = [_start(alone=False) for _ in range(2)]
     printed = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], printed
     begun = _begun()
@@ -444,12 +447,12 @@ def test_two_processes_share_the_trials_and_one_writes_the_results() -> None:
 
 @pytest.mark.usefixtures("folder")
 def test_a_killed_processes_trial_is_begun_again_from_its_checkpoints() -> None:
-    killed = _start(0, kill=True)
+    killed = _start(kill=True)
     killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL
     assert _states() == ["RUNNING"]
     (checkpoint,) = trials.folder_of("a").glob("working/*/checkpoint")
-    other = _start(0)
+    other = _start()
     printed, _ = other.communicate(timeout=120)
     assert other.returncode == 0, printed
     assert sorted(_states()) == ["COMPLETE"] * 4 + ["FAIL"]
@@ -759,3 +762,45 @@ def test_the_best_real_trials_model_is_there_with_its_run() -> None:
 def test_a_pruned_training_gives_the_signals_back() -> None:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+@pytest.mark.slow
+def test_dvc_takes_the_best_settings_into_the_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, names):
+        if name not in ("dvc.lock", "models/metrics.json") and (ROOT / name).is_file():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    config.write(overrides={**OVERRIDES, "augment.train_size": 300, "tracking.log_model": False})
+    Path("space.yaml").write_text(SPACE)
+    run("git", "init", "--quiet")
+    run("git", "add", "--all")
+    run("git", "-c", "user.name=T", "-c", "user.email=t@localhost", "commit", "--quiet", "--message", "all of it")
+    run("dvc", "repro", "weights", "augment")
+    before = [Path(name).read_bytes() for name in ("params.yaml", "dvc.lock")]
+    code = "from pathlib import Path; from pipeline import tune; tune.run(trials=2, name='a', space=Path('space.yaml'))"
+    told = run(sys.executable, "-c", code)
+    assert "take them into the workspace: dvc exp apply tune-a-best" in told
+    assert [Path(name).read_bytes() for name in ("params.yaml", "dvc.lock")] == before
+    run("dvc", "exp", "apply", "tune-a-best")
+    best = YAML(typ="safe").load(Path("models/tune/a/best.yaml"))
+    assert {key: config.flat(config.load())[key] for key in best} == best
+    metrics = json.loads(paths.METRICS.read_text())
+    assert f"({metrics['run']['name']}): test top-1 {metrics['test']['top1']:.4f}" in told
+    (parent,) = _parents()
+    (chained,) = (run for run in tracking.runs() if run.id == metrics["run"]["id"])
+    assert chained.tags[tracking.PARENT_TAG] == parent.id
+    assert tracking.SERVES not in chained.tags  # it has figures on the test split, and is to be compared
+    # Trained by the chain, the settings come to what they came to as a trial.
+    assert min(pd.read_csv(paths.CURVES).query("phase == 'all'")["val/loss"]) == pytest.approx(_study().best_value)

@@ -5,7 +5,7 @@ the rates around it are at work, so that a handful of batches, over and over, is
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -73,18 +73,18 @@ def find(
 ) -> Found:
     """Looks for the learning rates of a phase.
 
-    First all layers together, the rate climbing in equal factors from `low` to `high`. Where layers have rates of their
-    own (`layer_decay` below 1) and several learn, each is then swept alone, in a quarter of the steps, the others
-    standing still. Standing still and not learning slowly: else the loss would fall whatever the layer does, and the
-    sweep would tell of the others. But alone a layer bears a higher rate than in company, and so short a sweep is
-    rough. So each layer's rate is half-way, in logarithms, between its share of the joint rate by `layer_decay` and its
-    own, all times one factor that leaves their geometric mean where the shares had it. A layer that does nothing alone
-    (below a head of zeros there is no gradient) keeps its share.
+    First all layers together, at one rate that climbs in equal factors from `low` to `high`. Where layers have rates of
+    their own (`layer_decay` below 1) and several learn, those are found as well, in place of what `layer_decay` would
+    give: each layer is swept alone, in a quarter of the steps, the others standing still. Standing still and not
+    learning slowly: else the loss would fall whatever the layer does, and the sweep would tell of the others. But alone
+    a layer bears a higher rate than in company, and so short a sweep is rough. So a layer's rate is half-way, in
+    logarithms, from the joint rate to its own, all times one factor that leaves the joint rate their geometric mean.
+    A layer that does nothing alone (below a head of zeros there is no gradient) counts as one at the joint rate.
 
     The suggestion is the highest rate before the loss's minimum at which the smoothed loss still falls, over the
     logarithm of the rate, about as steeply as it ever does; a tenth of the minimum's rate where there are too few
-    points to tell. A batch's loss is taken relative to what it was at first, and its random numbers (dropout, mixup) are
-    the same each time, so that batches are comparable, however few.
+    points to tell. A batch's loss is taken relative to what it was at first, and its random numbers (dropout, mixup)
+    are the same each time, so that batches are comparable, however few.
 
     Every sweep trains a deep copy: the net, its buffers and modes, and the random numbers to come stay as they are.
 
@@ -104,30 +104,26 @@ def find(
     """
     groups = optim.groups(net, weight_decay=weight_decay, layer_decay=layer_decay)
     wholes = [batches[start : start + accumulate] for start in range(0, len(batches), accumulate)]
-    largest = max(group.scale for group in groups)
-    shares = [group.scale / largest for group in groups]
+    everyone = range(len(groups))
 
     def make(copy: nn.Module) -> torch.optim.Optimizer:
-        return optim.optimizer(copy, name=optimizer, lr=shares, weight_decay=weight_decay, layer_decay=layer_decay)
+        rates = [low for _ in everyone]  # until the first step
+        return optim.optimizer(copy, name=optimizer, lr=rates, weight_decay=weight_decay, layer_decay=layer_decay)
 
     with _random_numbers_kept():
         trial = _Trial(step=step, net=net, wholes=wholes, make=make, clip=clip, seed=seed, low=low, high=high)
         levels = trial.levels()
-        joint = trial.sweep("all layers", shares, levels=levels, steps=steps)
+        joint = trial.sweep("all layers", everyone, levels=levels, steps=steps)
         if joint is None:
             raise UserError(f"train.lr find: the loss falls at no rate between {low:g} and {high:g}; give a number")
-        prior = [joint.suggestion * share for share in shares]
         blocks = _blocks(groups)
         if len(blocks) == 1:
-            return Found(prior, [joint])
-        sweeps = {
-            name: trial.sweep(name, [float(n in own) for n in range(len(groups))], levels=levels, steps=steps // 4)
-            for name, own in blocks.items()
-        }
-    steepest = {n: sweep.suggestion for name, sweep in sweeps.items() if sweep for n in blocks[name]}
-    departures = np.array([math.log(steepest.get(n, rate) / rate) / 2 for n, rate in enumerate(prior)])
-    rates = [min(high, float(rate)) for rate in prior * np.exp(departures - departures.mean())]
-    told = [sweep._replace(suggestion=rates[blocks[name][-1]]) for name, sweep in sweeps.items() if sweep]
+            return Found([joint.suggestion for _ in everyone], [joint])
+        sweeps = {name: trial.sweep(name, own, levels=levels, steps=steps // 4) for name, own in blocks.items()}
+    alone = {n: sweep.suggestion for name, sweep in sweeps.items() if sweep for n in blocks[name]}
+    departures = np.array([math.log(alone.get(n, joint.suggestion) / joint.suggestion) / 2 for n in everyone])
+    rates = [min(high, float(rate)) for rate in joint.suggestion * np.exp(departures - departures.mean())]
+    told = [sweep._replace(suggestion=rates[blocks[name][0]]) for name, sweep in sweeps.items() if sweep]
     return Found(rates, [joint, *told])
 
 
@@ -158,13 +154,13 @@ class _Trial(Generic[B]):
             raise UserError("train.lr find: the loss is not finite before any step; look at the pictures and weights")
         return found
 
-    def sweep(self, name: str, shares: Sequence[float], *, levels: Sequence[float], steps: int) -> Sweep | None:
-        """Trains with each group's share of a rate that climbs; None where the loss does not fall."""
+    def sweep(self, name: str, numbers: Iterable[int], *, levels: Sequence[float], steps: int) -> Sweep | None:
+        """Trains the groups of these numbers at a rate that climbs; None where the loss does not fall."""
         net = deepcopy(self.net)
         optimizer = self.make(net)
-        pairs = list(zip(optimizer.param_groups, shares, strict=True))
-        # Optimisers pass over what has no gradient, and at a rate of 0 not all of them stand still.
-        moving = [parameter for group, share in pairs if share > 0 for parameter in group["params"]]
+        # The others stand still: optimisers pass over what has no gradient.
+        moving = [optimizer.param_groups[number] for number in numbers]
+        parameters = [parameter for group in moving for parameter in group["params"]]
         rates = [float(rate) for rate in np.geomspace(self.low, self.high, steps + 1)]
         level = best = float(np.mean(levels))
         change = 0.0
@@ -173,7 +169,7 @@ class _Trial(Generic[B]):
             optimizer.zero_grad()
             loss = 0.0
             for part in self._losses(net, number % len(levels)):
-                part.backward(inputs=moving)  # type: ignore[no-untyped-call]
+                part.backward(inputs=parameters)  # type: ignore[no-untyped-call]
                 loss += float(part.detach())
             if number:  # what the step before has come to, at the rate before
                 change = SMOOTHING * change + (1 - SMOOTHING) * (loss - levels[number % len(levels)])
@@ -183,9 +179,9 @@ class _Trial(Generic[B]):
                     losses.pop()
                     break
             if self.clip:
-                nn.utils.clip_grad_norm_(moving, self.clip)
-            for group, share in pairs:
-                group["lr"] = share * rate
+                nn.utils.clip_grad_norm_(parameters, self.clip)
+            for group in moving:
+                group["lr"] = rate
             optimizer.step()
         rates = rates[: len(losses)]
         suggestion = suggest(rates, losses, level=level)
