@@ -170,6 +170,7 @@ def _trial(sweep: Sweep, trial: "optuna.Trial") -> float:
     import optuna
 
     from pipeline.training import job
+    from pipeline.training.record import Record
 
     study = trial.study
     trial.set_user_attr("worker", sweep.worker)
@@ -191,6 +192,7 @@ def _trial(sweep: Sweep, trial: "optuna.Trial") -> float:
         _queue(study, study.get_trials()[trial.number], tries=trial.user_attrs.get("tries", 1))
         raise
     assert rows is not None
+    trial.set_user_attr("run", Record.read(one.out).run_id)
     figures = rows[rows["phase"] == rows["phase"].iloc[-1]][sweep.figure]
     return float(figures.min() if sweep.figure.endswith("loss") else figures.max())
 

@@ -14,13 +14,13 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from filelock import FileLock
 
 from pipeline import config, experiment, paths, tracking
 from pipeline.data.store import Store
-from pipeline.errors import UserError
+from pipeline.errors import UserError, nearest
 from pipeline.files import fresh_file
 from pipeline.parameters import Config, operational
 from pipeline.search_space import SPACE, Distribution, ends, read
@@ -65,7 +65,7 @@ def run(
     """
     optuna = _optuna()
     loaded = config.load()
-    _check(loaded, trials=trials, as_experiment=as_experiment, apply=apply)
+    _check(loaded, trials=trials, pruner=pruner, as_experiment=as_experiment, apply=apply)
     experiment.check_names(loaded)
     experiment.check_net(loaded)
     distributions = read(space, given=loaded)
@@ -114,9 +114,11 @@ def _optuna() -> Any:
     return optuna
 
 
-def _check(given: Config, *, trials: int, as_experiment: bool, apply: bool) -> None:
+def _check(given: Config, *, trials: int, pruner: str, as_experiment: bool, apply: bool) -> None:
     if trials < 1:
         raise UserError(f"--trials {trials}: it must be 1 or more")
+    if pruner not in get_args(Pruner):
+        raise UserError(f"--pruner {pruner}: it is median or none{nearest(pruner, get_args(Pruner))}")
     if apply and not as_experiment:
         raise UserError("--apply applies the best trial's experiment; leave --no-experiment out")
     if given.train.devices != 1 or given.train.num_nodes != 1:

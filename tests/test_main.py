@@ -56,7 +56,7 @@ def test_help_has_every_command() -> None:
 
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["evalute"]) == 2
-    assert capsys.readouterr().err == "thaw: evalute: no such command; did you mean evaluate?\n"
+    assert capsys.readouterr().err == "thaw: evalute: no such command; did you mean evaluate or ablate?\n"
 
 
 def test_a_users_mistake_is_one_line(tmp_path: Path) -> None:

@@ -108,6 +108,9 @@ def _stand_in(one: Job, loss: Callable[[Job, int], float] = _loss) -> pd.DataFra
             rows.append({"epoch": epoch, "phase": phase, **figures})
     one.out.mkdir()
     (one.out / "model.safetensors").write_text(one.name)
+    Record(run_id=run.id, run_name=run.name, minutes=0.0, steps=30, monitor=one.config.train.monitor, phases=()).write(
+        one.out
+    )
     return pd.DataFrame(rows)
 
 
@@ -580,6 +583,7 @@ def test_the_shipped_space_goes_with_the_shipped_parameters(monkeypatch: pytest.
     ("given", "changed", "told"),
     [
         ({"trials": 0}, {}, "--trials 0: it must be 1 or more"),
+        ({"pruner": "medium"}, {}, "--pruner medium: it is median or none; did you mean median?"),
         ({"name": "a b"}, {}, "--name a b: letters, digits, - and _ alone, such as scratch-lenet5-digits"),
         ({"space": Path("no.yaml")}, {}, "no.yaml: no such file; it says what the sweep may vary"),
         ({"apply": True}, {}, "--apply applies the best trial's experiment; leave --no-experiment out"),
@@ -754,6 +758,7 @@ def test_the_best_real_trials_model_is_there_with_its_run() -> None:
     (kept,) = trials.folder_of("a").glob("trial-*")
     assert kept.name == f"trial-{best.number}"
     (run,) = (run for run in tracking.runs() if run.id == Record.read(kept).run_id)
+    assert _table()["run"][best.number] == run.id
     assert run.tags["trial"] == f"{best.number}"
     assert (kept / "model.safetensors").exists()
 
@@ -789,8 +794,7 @@ def test_dvc_takes_the_best_settings_into_the_workspace(tmp_path: Path, monkeypa
     run("git", "-c", "user.name=T", "-c", "user.email=t@localhost", "commit", "--quiet", "--message", "all of it")
     run("dvc", "repro", "weights", "augment")
     before = [Path(name).read_bytes() for name in ("params.yaml", "dvc.lock")]
-    code = "from pathlib import Path; from pipeline import tune; tune.run(trials=2, name='a', space=Path('space.yaml'))"
-    told = run(sys.executable, "-c", code)
+    told = run(*["python", "-m", "pipeline", "tune", "--trials", "2", "--name", "a", "--space", "space.yaml"])
     assert "take them into the workspace: dvc exp apply tune-a-best" in told
     assert [Path(name).read_bytes() for name in ("params.yaml", "dvc.lock")] == before
     run("dvc", "exp", "apply", "tune-a-best")

@@ -32,8 +32,8 @@ def write(study: "optuna.Study", folder: Path, *, figure: str, space: Iterable[s
     """Writes a folder in place of an earlier one: trials.csv, and where a trial has a figure best.yaml and history.png.
 
     trials.csv has a row per trial: trial, state (complete, pruned, failed, or stopped: such a trial is begun again
-    under another number), the figure, epochs, minutes, the parameters, and why it failed. best.yaml has the best
-    trial's parameters by their dotted names.
+    under another number), the figure, epochs, minutes, run (MLflow's id of a complete one), the parameters, and why it
+    failed. best.yaml has the best trial's parameters by their dotted names.
     """
     names = list(space)
     rows = _rows(study, figure, names)
@@ -95,6 +95,7 @@ def _rows(study: "optuna.Study", figure: str, names: list[str]) -> pd.DataFrame:
                 figure: trial.value if trial.state == TrialState.COMPLETE else float("nan"),
                 "epochs": trial.last_step or 0,
                 "minutes": trial.duration.total_seconds() / 60 if trial.duration else float("nan"),
+                "run": trial.user_attrs.get("run", ""),
                 **{name: trial.params.get(name) for name in names},
                 "why": why,
             }

@@ -76,10 +76,11 @@ def run(job: Job) -> pd.DataFrame | None:
     origin = Origin.read(paths.pretrained(config.model.name))
     net, card = build(config, job.store, origin)
     phases = schedule.plan(config.train, net, px=config.px, random_start=origin.start == "random")
-    _check(phases, net, config)
     if leader:
         with _locked(job):
+            _check(phases, net, config)
             return _lead(job, net, card, phases, origin)
+    _check(phases, net, config)
     progress = Progress(job.progress, facts=_facts(job, origin), leader=False)
     _train(job, net, card, phases, progress, log=_another_ranks)
     return None

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from ruamel.yaml import YAML
 
 from pipeline import tracking
@@ -228,3 +229,20 @@ def test_checkpoints_hold_nothing_that_could_run(whole: Path) -> None:
     for name in ("best.ckpt", "last.ckpt"):
         state = torch.load(whole / "models" / NET / "train" / name, weights_only=True)
         assert {"state_dict", "optimizer_states", "lr_schedulers", "loops"} <= set(state)
+
+
+def test_learning_rates_that_were_found_are_those_of_the_resumed_training(tmp_path: Path) -> None:
+    phases = {"one": {"epochs": 1, "trainable": "all", "lr": "find", "layer_decay": 0.8}}
+    folder = _project(tmp_path / "it", phases=phases)
+    assert _run(folder, "one:3").returncode == -signal.SIGKILL
+    found = json.loads((folder / "models" / "progress" / NET / "state.json").read_text())["rates"]["one"]
+    assert len(set(found)) > 1
+    done = _run(folder)
+    assert done.returncode == 0, done.stderr
+    assert "found a learning rate" not in done.stdout  # it is not looked for again
+    trained = folder / "models" / NET / "train"
+    assert Record.read(trained).phases[0].lr == max(found)
+    state = torch.load(trained / "last.ckpt", weights_only=True)["optimizer_states"][0]
+    assert [group["max_lr"] for group in state["param_groups"]] == found
+    with Image.open(trained / "lr_find_one.png") as picture:
+        assert picture.width > 500
