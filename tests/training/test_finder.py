@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import pairwise
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -123,10 +122,15 @@ def test_one_batch_is_enough() -> None:
     assert _cross_entropy(net, batch).item() < first / 4
 
 
-def test_a_bowl_as_curved_again_gets_half_the_rate_below_where_it_diverges() -> None:
-    rates = [_find(Bowls(curvature=size), [None], step=_bowls, layer_decay=0.5).sweeps for size in (10.0, 100.0)]
-    flat, steep = (sweeps[1].suggestion for sweeps in rates)
-    assert flat and steep
+def test_a_bowl_a_hundred_times_as_curved_gets_a_hundredth_of_the_rate() -> None:
+    rates = []
+    for curvature in (10.0, 1000.0):
+        net = Bowls(curvature=curvature)
+        net.head.requires_grad_(False)
+        (rate,) = _find(net, [None], step=_bowls).rates
+        assert rate < 2 * (1 + 0.9) / (1 + 2 * 0.9) / curvature  # where Nesterov's momentum diverges
+        rates.append(rate)
+    assert rates[0] / rates[1] == pytest.approx(100, rel=0.25)
 
 
 def test_layers_of_other_sensitivity_get_other_rates_around_the_joint_one() -> None:
@@ -134,7 +138,7 @@ def test_layers_of_other_sensitivity_get_other_rates_around_the_joint_one() -> N
     joint, low, high = found.sweeps
     assert [low.group, high.group] == ["blocks.0", "head"]
     assert found.rates == [low.suggestion, high.suggestion]
-    assert high.suggestion == pytest.approx(10 * low.suggestion, rel=0.1)  # half-way to 100, in logarithms
+    assert high.suggestion == pytest.approx(10 * low.suggestion, rel=0.35)  # half-way to 100, in logarithms
     assert (low.suggestion * high.suggestion) ** 0.5 == pytest.approx(joint.suggestion)
 
 
@@ -167,8 +171,9 @@ def test_a_layer_without_gradient_below_a_head_of_zeros_counts_as_one_at_the_joi
 
 
 def test_many_layers_are_swept_in_a_few_blocks_and_the_classifier_by_itself() -> None:
-    net = Layers(8, *[8] * 12, 3)
-    found = _find(net, _batches(2), optimizer="adamw", layer_decay=0.9, steps=40)
+    net = Layers(8, *[32] * 12, 3)
+    net.gain = 6**0.5  # keeps the size of what passes through
+    found = _find(net, _batches(2), optimizer="adamw", layer_decay=0.9)
     assert len(found.sweeps) <= 1 + finder.BLOCKS
     assert [sweep.group for sweep in found.sweeps][-2:] == ["blocks.11", "head"]
     assert "blocks.0 to blocks.1" in [sweep.group for sweep in found.sweeps]
@@ -202,9 +207,10 @@ def test_the_search_leaves_net_modes_and_random_numbers_as_they_were() -> None:
 
 
 def test_random_numbers_are_kept_where_the_search_fails() -> None:
+    net = _net()
     torch.manual_seed(7)
     with pytest.raises(UserError):
-        _find(_net(), _batches(1), step=lambda net, batch: 0 * _cross_entropy(net, batch) + 1)
+        _find(net, _batches(1), step=lambda net, batch: 0 * _cross_entropy(net, batch) + 1)
     drawn = torch.rand(3)
     torch.manual_seed(7)
     assert torch.equal(drawn, torch.rand(3))
