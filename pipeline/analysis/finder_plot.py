@@ -1,9 +1,10 @@
-"""What the learning-rate finder saw: the loss of each trial over the rate, and the rate that was taken."""
+"""The learning-rate finder's sweeps as a picture: the loss over the rate, and the rate that was taken."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -14,31 +15,38 @@ COLUMNS = 3
 
 
 def draw(sweeps: Sequence[Sweep], path: Path) -> Path:
-    """A panel per sweep: its smoothed loss over the learning rate, logarithmic, with the suggestion marked.
+    """A panel a sweep, all on the same axes; a dashed line marks the rate to train with.
 
     Args:
-        sweeps: as `finder.find` gives them; the first is that of all layers.
+        sweeps: one or more, in the order of the panels.
         path: where the PNG goes; returned.
     """
     columns = min(COLUMNS, len(sweeps))
-    rows = math.ceil(len(sweeps) / columns)
-    figure = Figure(figsize=(plots.WIDTH if columns > 1 else plots.WIDTH / 2, 1 + 2.6 * rows), dpi=plots.DPI)
+    rows = -(-len(sweeps) // columns)
+    figure = Figure(figsize=(plots.WIDTH * (0.5 + columns / 6), 3.9 if rows == 1 else 0.5 + 2.6 * rows), dpi=plots.DPI)
     figure.set_layout_engine("constrained", w_pad=plots.MARGIN, h_pad=plots.MARGIN)
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes, sweep in zip(panels, sweeps, strict=False):
-        _panel(axes, sweep)
-    for axes in panels[len(sweeps) :]:
-        axes.set_axis_off()
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, sweep in zip(panels.flat, sweeps, strict=False):
+        _sweep(axes, sweep)
+    for axes in panels.flat[len(sweeps) :]:
+        axes.set_visible(False)
+    top = max(sweep.losses[0] for sweep in sweeps)
+    bottom = min(min(sweep.losses) for sweep in sweeps)
+    # What is above, where a sweep diverges, is of no interest.
+    panels[0, 0].set_ylim(bottom - 0.1 * (top - bottom), top + 0.5 * (top - bottom))
     figure.supxlabel("learning rate", fontsize=12)
-    figure.supylabel("loss, smoothed", fontsize=12)
+    figure.supylabel("loss while training, smoothed", fontsize=12)
     return plots.save(figure, path)
 
 
-def _panel(axes: Axes, sweep: Sweep) -> None:
+def _sweep(axes: Axes, sweep: Sweep) -> None:
     axes.plot(sweep.rates, sweep.losses, color=plots.VAL, linewidth=2)
-    axes.axvline(sweep.suggestion, color=plots.TRAIN, linewidth=2, linestyle="--")
+    place = np.interp(math.log(sweep.suggestion), np.log(sweep.rates), sweep.losses)
+    axes.axvline(sweep.suggestion, color=plots.TRAIN, linewidth=1.6, linestyle="--")
+    axes.plot([sweep.suggestion], [place], color=plots.TRAIN, marker="o", markersize=7)
     axes.set_xscale("log")
-    axes.set_title(f"{sweep.group}: {sweep.suggestion:.2g}", fontsize=11, color=plots.INK, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
-    axes.tick_params(labelsize=9)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=10)
+    axes.set_title(f"{sweep.group}: {sweep.suggestion:.2g}", fontsize=11, color=plots.INK, parse_math=False)

@@ -28,7 +28,6 @@ DIVERGED = 4.0
 """Times the lowest loss, at which a sweep ends."""
 FALL = 0.01
 """Share of the first loss by which it must fall somewhere; less is noise."""
-
 STEEP = 0.8
 """Share of the steepest slope that counts as steep: the highest such rate is taken. On seven pairs of net and optimiser
 this lay at 0.4 to 1.5 of the best rate of a short training, and the steepest itself at 0.15 to 1.5."""
@@ -119,12 +118,20 @@ def find(
         blocks = _blocks(groups)
         if len(blocks) == 1:
             return Found([joint.suggestion for _ in everyone], [joint])
-        sweeps = {name: trial.sweep(name, own, levels=levels, steps=steps // 4) for name, own in blocks.items()}
-    alone = {n: sweep.suggestion for name, sweep in sweeps.items() if sweep for n in blocks[name]}
+        sweeps = [trial.sweep(block.name, block.groups, levels=levels, steps=steps // 4) for block in blocks]
+    fell = [(block, sweep) for block, sweep in zip(blocks, sweeps, strict=True) if sweep is not None]
+    alone = {number: sweep.suggestion for block, sweep in fell for number in block.groups}
     departures = np.array([math.log(alone.get(n, joint.suggestion) / joint.suggestion) / 2 for n in everyone])
     rates = [min(high, float(rate)) for rate in joint.suggestion * np.exp(departures - departures.mean())]
-    told = [sweep._replace(suggestion=rates[blocks[name][0]]) for name, sweep in sweeps.items() if sweep]
-    return Found(rates, [joint, *told])
+    return Found(rates, [joint, *(sweep._replace(suggestion=rates[block.groups[0]]) for block, sweep in fell)])
+
+
+class _Block(NamedTuple):
+    """Layers that are swept together."""
+
+    name: str
+    groups: list[int]
+    """Their places among all groups."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +204,7 @@ class _Trial(Generic[B]):
 
 
 def suggest(rates: Sequence[float], losses: Sequence[float], *, level: float) -> float | None:
-    """The rate at which the loss falls most steeply, before its minimum; None where it falls nowhere.
+    """The highest rate before the minimum at which the loss falls about as steeply as ever; None where it never falls.
 
     Args:
         rates: climbing in equal factors.
@@ -213,23 +220,24 @@ def suggest(rates: Sequence[float], losses: Sequence[float], *, level: float) ->
     return rates[int(np.flatnonzero(slopes <= STEEP * slopes.min())[-1])]
 
 
-def _blocks(groups: Sequence[Group]) -> dict[str, list[int]]:
-    """Layers that are swept together: a name, and the numbers of their groups. The uppermost is by itself."""
+def _blocks(groups: Sequence[Group]) -> list[_Block]:
+    """The layers in a few blocks of neighbours, the input side first; the uppermost is by itself."""
     layers = sorted({group.layer for group in groups})
     below = np.array_split(layers[:-1], min(BLOCKS - 1, max(1, len(layers) - 1)))
-    found = {}
+    found = []
     for block in [*(part.tolist() for part in below if len(part)), layers[-1:]]:
         ends = [_name(groups, layer) for layer in (block[0], block[-1])]
         name = ends[0] if len(block) == 1 else " to ".join(ends)
-        found[name] = [number for number, group in enumerate(groups) if group.layer in block]
+        found.append(_Block(name, [number for number, group in enumerate(groups) if group.layer in block]))
     return found
 
 
 def _name(groups: Sequence[Group], layer: int) -> str:
-    """What the names of a layer's parameters begin with in common; else the first's module."""
-    names = [name.split(".")[:-1] for group in groups if group.layer == layer for name in group.names]
-    common = [word for word, _ in takewhile(lambda pair: pair[0] == pair[1], zip(min(names), max(names), strict=False))]
-    return ".".join(common or names[0])
+    """What the names of a layer's parameters begin with in common; else the first one's module."""
+    names = [name for group in groups if group.layer == layer for name in group.names]
+    modules = [name.split(".")[:-1] or [name] for name in names]
+    pairs = zip(min(modules), max(modules), strict=False)
+    return ".".join([one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)] or modules[0])
 
 
 @contextmanager
