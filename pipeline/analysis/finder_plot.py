@@ -12,6 +12,8 @@ from pipeline.analysis import plots
 from pipeline.training.finder import Sweep
 
 COLUMNS = 3
+LONG = 34
+"""Letters from which a panel's name takes two lines."""
 
 
 def draw(sweeps: Sequence[Sweep], path: Path) -> Path:
@@ -30,11 +32,13 @@ def draw(sweeps: Sequence[Sweep], path: Path) -> Path:
         _sweep(axes, sweep)
     for axes in panels.flat[len(sweeps) :]:
         axes.set_visible(False)
+    for axes in panels.flat[len(sweeps) - columns : len(sweeps)]:
+        axes.tick_params(labelbottom=True)
     top = max(sweep.losses[0] for sweep in sweeps)
     bottom = min(min(sweep.losses) for sweep in sweeps)
     # What is above, where a sweep diverges, is of no interest.
     panels[0, 0].set_ylim(bottom - 0.1 * (top - bottom), top + 0.5 * (top - bottom))
-    figure.supxlabel("learning rate", fontsize=12)
+    figure.supxlabel("learning rate (dashed: the one to train with)", fontsize=12)
     figure.supylabel("loss while training, smoothed", fontsize=12)
     return plots.save(figure, path)
 
@@ -49,4 +53,5 @@ def _sweep(axes: Axes, sweep: Sweep) -> None:
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=10)
-    axes.set_title(f"{sweep.group}: {sweep.suggestion:.2g}", fontsize=11, color=plots.INK, parse_math=False)
+    name = sweep.group.replace(" to ", " to\n") if len(sweep.group) > LONG else sweep.group
+    axes.set_title(f"{name}: {sweep.suggestion:.2g}", fontsize=10, color=plots.INK, parse_math=False)
