@@ -370,6 +370,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, _stop)
     try:
         COMMANDS[args.command].run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What reads our output has seen enough (`... | head`); nothing more can be said, at the end either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except UserError as error:
         print(f"thaw {args.command}: {_place(error)}{error}", file=sys.stderr)
         return 2

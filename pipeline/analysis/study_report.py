@@ -58,6 +58,7 @@ def section(name: str, study: "Study", results: "Sequence[Result]", drawn: Seque
             f"{study.question} ({study.source})",
             f"    make study NAME={name}",
             _settings(study),
+            _variants(study),
             f"What came out of {len(results)} runs:",
             text(study, results),
             *(f"![{study.title}]({path.relative_to(DOCUMENT.parent)})" for path in drawn),
@@ -130,6 +131,15 @@ def _settings(study: "Study") -> str:
     for key in keys:
         cells = [f"`{plain(settings[key])}`" if key in settings else "as in params.yaml" for settings in sizes]
         lines.append(f"| `{key}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _variants(study: "Study") -> str:
+    """What each variant sets beside that, at either size."""
+    lines = ["| variant | sets |", "| --- | --- |"]
+    for name, variant in study.variants.items():
+        said = "; ".join(f"`{key}` `{plain(value)}`" for key, value in variant.settings.items())
+        lines.append(f"| {name} | {said} |")
     return "\n".join(lines)
 
 
