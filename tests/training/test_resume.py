@@ -246,3 +246,25 @@ def test_learning_rates_that_were_found_are_those_of_the_resumed_training(tmp_pa
     assert [group["max_lr"] for group in state["param_groups"]] == found
     with Image.open(trained / "lr_find_one.png") as picture:
         assert picture.width > 500
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_go_on_together(tmp_path: Path) -> None:
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+    launch = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", str(driver)]
+    states, points = [], []
+    for name, stops in (("whole", ["never"]), ("stopped", ["one:3", "two:5", "never"])):
+        folder = _project(tmp_path / name, devices=2, strategy="ddp", accelerator="cpu")
+        environment = {**os.environ, "DVC_ROOT": str(folder), "PYTHONPATH": str(ROOT)}
+        for stop in stops:
+            done = subprocess.run(
+                [*launch, stop, "SIGKILL"], cwd=folder, env=environment, capture_output=True, check=False, timeout=300
+            )
+            assert (done.returncode == 0) == (stop == "never"), done.stderr
+        states.append(weights.load_model(folder / "models" / NET / "train" / "model.safetensors")[0].state_dict())
+        points.append(_points(folder))
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    # Sums over ranks are added up in another order.
+    assert [(name, step) for name, step, _ in points[0]] == [(name, step) for name, step, _ in points[1]]
+    np.testing.assert_allclose([v for *_, v in points[0]], [v for *_, v in points[1]], rtol=1e-6)
