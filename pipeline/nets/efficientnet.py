@@ -33,8 +33,8 @@ The family, with the paper's own figures on ImageNet's validation split:
 What differs from the paper's code, as in torchvision, whose weights fit: maps are padded alike on all sides (TensorFlow
 pads what is left over at the right and below, and timm's `tf_` nets do as it), and B0 .. B4 have torch's batch norm
 (eps 1e-5, momentum 0.1) in place of eps 1e-3 and momentum 0.01. Weights of timm's nets of the same names fit too,
-with a small error in B5 .. B7, where timm keeps eps 1e-5; those of its `tf_` nets have the same names and shapes, but are
-for the other padding and eps, and give nonsense here.
+with a small error in B5 .. B7, where timm keeps eps 1e-5; those of its `tf_` nets have the same names and shapes, but
+are for the other padding and eps, and give nonsense here.
 """
 
 import math

@@ -44,7 +44,7 @@ def _choose(model: ModelParams) -> "tuple[dict[str, Tensor] | None, Origin]":
                 f"model.pretrained is false, but model.weights is {path}: set it to {paths.NO_WEIGHTS},"
                 " or model.pretrained to true"
             )
-        return _from_file(model, path), Origin(start="file", source=str(path))
+        return _from_file(model, path), Origin(start="file", source=str(path), classes=weights.read_classes(path))
     if model.pretrained is False:
         return None, Origin(start="random", source="model.pretrained is false")
     if scratch and (model.name not in pretrained.REFERENCES or model.stem != nets.DEFAULT_STEM):

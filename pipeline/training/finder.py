@@ -75,15 +75,11 @@ def find(
     First all layers together, at one rate that climbs in equal factors from `low` to `high`. Where layers have rates of
     their own (`layer_decay` below 1) and several learn, those are found as well, in place of what `layer_decay` would
     give: each layer is swept alone, in a quarter of the steps, the others standing still. Standing still and not
-    learning slowly: else the loss would fall whatever the layer does, and the sweep would tell of the others. But alone
-    a layer bears a higher rate than in company, and so short a sweep is rough. So a layer's rate is half-way, in
-    logarithms, from the joint rate to its own, all times one factor that leaves the joint rate their geometric mean.
-    A layer that does nothing alone (below a head of zeros there is no gradient) counts as one at the joint rate.
+    learning slowly: else the loss would fall whatever the layer does, and the sweep would tell of the others. Where the
+    loss is read for the rate is told by `suggest`, and what becomes of the layers' own rates by `_balanced`.
 
-    The suggestion is the highest rate before the loss's minimum at which the smoothed loss still falls, over the
-    logarithm of the rate, about as steeply as it ever does; a tenth of the minimum's rate where there are too few
-    points to tell. A batch's loss is taken relative to what it was at first, and its random numbers (dropout, mixup)
-    are the same each time, so that batches are comparable, however few.
+    A batch's loss is taken relative to what it was at first, and its random numbers (dropout, mixup) are the same each
+    time, so that batches are comparable, however few.
 
     Every sweep trains a deep copy: the net, its buffers and modes, and the random numbers to come stay as they are.
 
@@ -121,9 +117,19 @@ def find(
         sweeps = [trial.sweep(block.name, block.groups, levels=levels, steps=steps // 4) for block in blocks]
     fell = [(block, sweep) for block, sweep in zip(blocks, sweeps, strict=True) if sweep is not None]
     alone = {number: sweep.suggestion for block, sweep in fell for number in block.groups}
-    departures = np.array([math.log(alone.get(n, joint.suggestion) / joint.suggestion) / 2 for n in everyone])
-    rates = [min(high, float(rate)) for rate in joint.suggestion * np.exp(departures - departures.mean())]
+    rates = [min(high, rate) for rate in _balanced(joint.suggestion, [alone.get(number) for number in everyone])]
     return Found(rates, [joint, *(sweep._replace(suggestion=rates[block.groups[0]]) for block, sweep in fell)])
+
+
+def _balanced(joint: float, alone: Sequence[float | None]) -> list[float]:
+    """Groups' rates in company, from the one that suits all and those that suit each alone.
+
+    Alone a layer bears a higher rate than in company, and a short sweep is rough: so each rate is half-way, in
+    logarithms, from the joint one to its own, all times one factor that leaves the joint one their geometric mean. None
+    is for a layer that does nothing alone (below a head of zeros there is no gradient): it counts as at the joint rate.
+    """
+    departures = np.array([0.0 if own is None else math.log(own / joint) / 2 for own in alone])
+    return [float(rate) for rate in joint * np.exp(departures - departures.mean())]
 
 
 class _Block(NamedTuple):
@@ -204,7 +210,11 @@ class _Trial(Generic[B]):
 
 
 def suggest(rates: Sequence[float], losses: Sequence[float], *, level: float) -> float | None:
-    """The highest rate before the minimum at which the loss falls about as steeply as ever; None where it never falls.
+    """The rate to train with, by how steeply the loss falls over the rate's logarithm; None where it falls nowhere.
+
+    It is the highest rate before the loss's minimum at which the loss still falls about as steeply as anywhere: a
+    descent over several powers of ten has its steepest point anywhere in it. Where there are too few points to tell, it
+    is a tenth of the minimum's rate.
 
     Args:
         rates: climbing in equal factors.

@@ -100,7 +100,9 @@ def build(config: Config, store: Store, origin: Origin) -> tuple[nn.Module, Mode
             recompute=model.recompute,
         )
     if origin.start != "random":
-        weights.load_pretrained(net, weights.read_state(paths.pretrained(model.name) / "weights.safetensors"))
+        state = weights.read_state(paths.pretrained(model.name) / "weights.safetensors")
+        other = bool(origin.classes) and origin.classes != store.meta.classes
+        weights.load_pretrained(net, state, other_classes=other)
     mean, std = nets.normalization(net, in_chans=model.in_chans)
     card = ModelCard(
         name=model.name,

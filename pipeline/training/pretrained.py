@@ -54,6 +54,8 @@ class Origin:
     """Of weights.safetensors; empty where there is none."""
     tried: tuple[tuple[str, str], ...] = ()
     """Sources that had no weights to give, each with the reason."""
+    classes: tuple[str, ...] = ()
+    """What its logits stand for, in order, where that is known: of a model trained by Thaw."""
 
     def write(self, folder: Path) -> None:
         with fresh_file(folder / _ORIGIN) as beside:
@@ -62,7 +64,8 @@ class Origin:
     @classmethod
     def read(cls, folder: Path) -> "Origin":
         values = json.loads((folder / _ORIGIN).read_text(encoding="utf-8"))
-        return cls(**{**values, "tried": tuple((source, reason) for source, reason in values["tried"])})
+        tried = tuple((source, reason) for source, reason in values["tried"])
+        return cls(**{**values, "tried": tried, "classes": tuple(values["classes"])})
 
 
 @dataclass(frozen=True)

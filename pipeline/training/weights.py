@@ -111,6 +111,14 @@ def read_card(path: Path) -> ModelCard:
     return ModelCard(**arguments)
 
 
+def read_classes(path: Path) -> tuple[str, ...]:
+    """What the logits of a file's net stand for, in order; nothing where the file is no model of Thaw's."""
+    try:
+        return read_card(path).classes
+    except UserError:
+        return ()
+
+
 def read_state(path: Path) -> "dict[str, Tensor]":
     """The tensors of a .safetensors, .pth, .pt or .bin file, on the CPU, by name.
 
@@ -128,14 +136,14 @@ def read_state(path: Path) -> "dict[str, Tensor]":
     raise UserError(f"{path}: weights are .safetensors, .pth, .pt or .bin files")
 
 
-def load_pretrained(net: "nn.Module", state: "Mapping[str, Tensor]") -> None:
+def load_pretrained(net: "nn.Module", state: "Mapping[str, Tensor]", *, other_classes: bool = False) -> None:
     """Loads weights into a net that may have other classes, or one channel in place of three.
 
-    Where the classifier has another shape, or there is none, the net's own is set to zero: every class is then equally
-    likely at first, and no random head sends noise into pretrained layers (Kolesnikov et al. 2019). The kernels of
-    the first convolution are summed over the colours for a one-channel net. Auxiliary classifiers may be missing; all
-    else must match. A net of ours takes files of its reference in torchvision or timm, whose names it knows. Works
-    alike for timm's nets and our own.
+    Where the classifier has another shape, or there is none, or it is for `other_classes`, the net's own is set to
+    zero: every class is then equally likely at first, and no random head sends noise into pretrained layers
+    (Kolesnikov et al. 2019). The kernels of the first convolution are summed over the colours for a one-channel net.
+    Auxiliary classifiers may be missing; all else must match. A net of ours takes files of its reference in
+    torchvision or timm, whose names it knows. Works alike for timm's nets and our own.
 
     Raises:
         UserError: The first names that are missing, unexpected, or of another shape.
@@ -147,7 +155,7 @@ def load_pretrained(net: "nn.Module", state: "Mapping[str, Tensor]") -> None:
     classifiers = tuple(f"{name}." for name in names)
     for classifier in classifiers:
         keys = [key for key in own if key.startswith(classifier)]
-        if any(key in fitted and fitted[key].shape != own[key].shape for key in keys):
+        if other_classes or any(key in fitted and fitted[key].shape != own[key].shape for key in keys):
             fitted = {key: tensor for key, tensor in fitted.items() if not key.startswith(classifier)}
     for name in _as_names(config.get("first_conv")):
         key = f"{name}.weight"

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from pipeline import nets
 from pipeline.errors import UserError
-from pipeline.training.weights import ModelCard, load_model, load_pretrained, read_card, read_state, save_model
+from pipeline.training.weights import (
+    ModelCard,
+    load_model,
+    load_pretrained,
+    read_card,
+    read_classes,
+    read_state,
+    save_model,
+)
 
 TOP = Path(__file__).parents[2]
 NETS = ["scratch/lenet5", "scratch/resnet20", "test_resnet", "test_vit"]
@@ -250,3 +258,20 @@ def test_a_model_with_another_stem_loads_back(tmp_path: Path) -> None:
     loaded, _ = load_model(tmp_path / "model.safetensors")
     x = pictures("", 1)
     assert torch.equal(loaded(x), net.eval()(x))
+
+
+def test_a_model_of_ours_keeps_its_head_for_its_own_classes_alone(tmp_path: Path) -> None:
+    net = build("scratch/lenet5", in_chans=1)
+    save_model(tmp_path / "model.safetensors", net, CARD)
+    assert read_classes(tmp_path / "model.safetensors") == CARD.classes
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    assert read_classes(tmp_path / "other.safetensors") == ()
+    state = read_state(tmp_path / "model.safetensors")
+    for other in (False, True):
+        started = build("scratch/lenet5", in_chans=1, seed=3)
+        load_pretrained(started, state, other_classes=other)
+        head = {name for name in state if name.startswith("output.")}
+        assert head
+        for name, value in started.state_dict().items():
+            expected = torch.zeros_like(value) if other and name in head else state[name]
+            assert torch.equal(value, expected), name
