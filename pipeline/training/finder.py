@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Generic, NamedTuple, TypeVar
 
@@ -100,11 +101,9 @@ def find(
     groups = optim.groups(net, weight_decay=weight_decay, layer_decay=layer_decay)
     wholes = [batches[start : start + accumulate] for start in range(0, len(batches), accumulate)]
     everyone = range(len(groups))
-
-    def make(copy: nn.Module) -> torch.optim.Optimizer:
-        rates = [low for _ in everyone]  # until the first step
-        return optim.optimizer(copy, name=optimizer, lr=rates, weight_decay=weight_decay, layer_decay=layer_decay)
-
+    make = partial(
+        optim.optimizer, name=optimizer, lr=[low] * len(groups), weight_decay=weight_decay, layer_decay=layer_decay
+    )
     with _random_numbers_kept():
         trial = _Trial(step=step, net=net, wholes=wholes, make=make, clip=clip, seed=seed, low=low, high=high)
         levels = trial.levels()

@@ -236,7 +236,7 @@ def test_learning_rates_that_were_found_are_those_of_the_resumed_training(tmp_pa
     folder = _project(tmp_path / "it", phases=phases)
     assert _run(folder, "one:3").returncode == -signal.SIGKILL
     found = json.loads((folder / "models" / "progress" / NET / "state.json").read_text())["rates"]["one"]
-    assert len(set(found)) > 1
+    assert len(found) > 2  # a group for each layer
     done = _run(folder)
     assert done.returncode == 0, done.stderr
     assert "found a learning rate" not in done.stdout  # it is not looked for again
