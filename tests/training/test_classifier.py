@@ -260,7 +260,12 @@ def test_a_phase_of_steps_ends_with_them_and_is_judged(pictures: Store, tmp_path
     [{"precision": "bf16-mixed"}, {"channels_last": True}, {"precision": "bf16-mixed", "channels_last": True}]
     + [
         pytest.param({"compile": True, **more}, marks=pytest.mark.slow)
-        for more in ({}, {"precision": "bf16-mixed"}, {"channels_last": True}, {"phase": {"accumulate": 2}})
+        for more in (
+            {},
+            {"precision": "bf16-mixed"},
+            {"channels_last": True},
+            {"phase": {"epochs": 3, "accumulate": 2}},
+        )
     ],
 )
 def test_every_way_of_computing_has_the_same_loss_curve(
