@@ -143,6 +143,8 @@ class PhaseParams(Params):
     """Side that pictures are resized to in this phase, in pixels: small ones first is progressive resizing."""
     strength: float = Field(default=1.0, ge=0, le=1)
     """Of online augmentation: the probability of each transform is multiplied by this."""
+    views: Auto | Annotated[int, Field(ge=0, le=1000)] = "auto"
+    """Augmented versions of each picture that epochs take by turns; 0 for a fresh one every epoch."""
 
 
 class TrainParams(Params):
@@ -208,6 +210,13 @@ class TrainParams(Params):
     """Divides both nets' logits before they are compared."""
     transforms: Transforms = {}
     """Online augmentation: transforms by name, in order, each with its arguments."""
+    views: int = Field(0, ge=0, le=1000)
+    """Augmented versions of each picture that epochs take by turns, so that frozen layers see each once; 0 for a fresh
+    one every epoch."""
+    cache: Literal["none", "fp32", "bf16"] = "fp32"
+    """What frozen layers give for a picture that comes again is computed once and kept, in this precision; none: no."""
+    cache_gb: Annotated[float, Field(gt=0), Operational] = 20.0
+    """Disk space of what is kept so, of all runs together, in GB (10^9 bytes); what was used longest ago makes room."""
     monitor: Literal["val/loss", "val/top1"] = "val/loss"
     """What picks the best epoch and stops early."""
     patience: int = Field(0, ge=0)

@@ -51,6 +51,11 @@ def cache() -> Path:
     return root() / "data" / "cache"
 
 
+def features() -> Path:
+    """What frozen layers give for pictures; shared by all runs, bounded by train.cache_gb, safe to delete."""
+    return cache() / "features"
+
+
 def progress(model: str) -> Path:
     """Checkpoints of a training in progress and its lock; git-ignored and outside every out."""
     return root() / "models" / "progress" / model

@@ -31,6 +31,7 @@ def run(config: Config, *, as_yaml: bool) -> None:
     from pipeline import nets, paths
     from pipeline.data.store import Store
     from pipeline.errors import blaming
+    from pipeline.training import frozen
     from pipeline.training.pretrained import Origin
 
     model = config.model
@@ -44,18 +45,38 @@ def run(config: Config, *, as_yaml: bool) -> None:
             YAML().dump({"phases": _written_out(config, net)}, sys.stdout)
             return
         phases = schedule.plan(config.train, net, px=config.px, random_start=random_start)
-        print(text(phases, net, pictures=len(store.indices("train")) if store else 0))
+        counts = store.counts() if store else {"train": 0, "val": 0}
+        both = counts["train"] + counts["val"]
+        plans = [frozen.plan(p, net, params=config.train, in_chans=model.in_chans, pictures=both) for p in phases]
+        print(text(phases, net, pictures=counts["train"], frozen=[plan.told for plan in plans]))
     if store is None:
         print(f"steps are known once {prepared} is there: dvc repro augment")
 
 
-def text(phases: Sequence[Phase], net: nn.Module, *, pictures: int) -> str:
-    """A line a phase: how long, what learns and at which rates. `pictures` 0 leaves the steps out."""
+def text(phases: Sequence[Phase], net: nn.Module, *, pictures: int, frozen: Sequence[str]) -> str:
+    """A line a phase: how long, what learns and at which rates, and how often frozen layers are run.
+
+    Args:
+        pictures: for training; 0 leaves the steps out.
+        frozen: what is said of each phase's frozen layers.
+    """
     shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for heading in ("phase", "epochs", "steps", "learns", "parameters", "learning rate", "schedule", "batch", "px"):
+    headings = (
+        "phase",
+        "epochs",
+        "steps",
+        "learns",
+        "parameters",
+        "learning rate",
+        "schedule",
+        "batch",
+        "px",
+        "frozen run",
+    )
+    for heading in headings:
         shown.add_column(heading, overflow="fold", justify="right" if heading in ("epochs", "steps", "px") else "left")
     whole = sum(parameter.numel() for parameter in net.parameters())
-    for phase in phases:
+    for phase, run_when in zip(phases, frozen, strict=True):
         names = schedule.thaw(net, phase.trainable)
         learning = sum(p.numel() for p in net.parameters() if p.requires_grad)
         shown.add_row(
@@ -68,6 +89,7 @@ def text(phases: Sequence[Phase], net: nn.Module, *, pictures: int) -> str:
             _shape(phase),
             f"{phase.batch_size}" + (f" in {phase.accumulate} parts" if phase.accumulate > 1 else ""),
             str(phase.px),
+            run_when,
         )
     console = Console(width=None if Console().is_terminal else WIDTH)
     with console.capture() as captured:

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipeline.data import transforms
+from pipeline.data.features import CachedPictures
 from pipeline.data.store import Store
 from pipeline.errors import UserError
 
@@ -100,7 +101,11 @@ class Batches(Sampler[list[tuple[int, int]]]):
 
 
 class Pictures(Dataset[Batch]):
-    """Whole batches by their list of (epoch, index): augmented where transforms are given, else centre-cropped."""
+    """Whole batches by their list of (epoch, index): augmented where transforms are given, else centre-cropped.
+
+    Args:
+        views: augmented versions of each picture, which epochs take by turns; 0 for a fresh one every epoch.
+    """
 
     def __init__(
         self,
@@ -110,8 +115,9 @@ class Pictures(Dataset[Batch]):
         in_chans: int,
         seed: int = 0,
         chosen: Mapping[str, Mapping[str, Any]] | None = None,
+        views: int = 0,
     ) -> None:
-        self._store, self._px, self._in_chans, self._seed = store, px, in_chans, seed
+        self._store, self._px, self._in_chans, self._seed, self._views = store, px, in_chans, seed, views
         self._augment = transforms.Augmenter(chosen, px=px) if chosen else None
 
     def __getitem__(self, batch: list[tuple[int, int]]) -> Batch:
@@ -123,7 +129,8 @@ class Pictures(Dataset[Batch]):
         picture = transforms.to_channels(self._store[index], self._in_chans)
         if self._augment is None:
             return transforms.center_crop(picture, self._px)
-        return self._augment(picture, seed=(self._seed, epoch, index))
+        version = epoch % self._views if self._views else epoch
+        return self._augment(picture, seed=(self._seed, version, index))
 
 
 class TrainLoader(DataLoader[Batch]):
@@ -164,7 +171,9 @@ class PictureData(L.LightningDataModule):
         parts: batches that one optimiser step is computed in.
         chosen: online augmentation, transforms by name; `strength` multiplies their probabilities.
         balanced: every class as often in an epoch.
+        views: augmented versions of each picture; 0 for a fresh one every epoch.
         first_epoch: epochs trained before, in earlier phases.
+        cached: what stands in for the training pictures and for those of validation.
     """
 
     def __init__(
@@ -180,15 +189,20 @@ class PictureData(L.LightningDataModule):
         parts: int = 1,
         strength: float = 1.0,
         balanced: bool = False,
+        views: int = 0,
         first_epoch: int = 0,
+        cached: tuple[CachedPictures, CachedPictures] | None = None,
     ) -> None:
         super().__init__()
         self._store, self._batch_size, self._parts = store, batch_size, parts
         self._seed, self._workers, self._balanced = seed, workers, balanced
         self._first_epoch = first_epoch
         weaker = transforms.weakened(chosen, strength=strength)
-        self._training = Pictures(store, px=px, in_chans=in_chans, seed=seed, chosen=weaker)
-        self._plain = Pictures(store, px=px, in_chans=in_chans)
+        self._training: Dataset[Any] = Pictures(store, px=px, in_chans=in_chans, seed=seed, chosen=weaker, views=views)
+        self._plain: Dataset[Any] = Pictures(store, px=px, in_chans=in_chans)
+        if cached is not None:
+            self._training, self._plain = cached
+            self._workers = 0  # reading them is less work than handing them over
 
     def train_dataloader(self) -> DataLoader[Batch]:
         rank, world = self._place()
@@ -223,7 +237,7 @@ class PictureData(L.LightningDataModule):
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _loader(self, kind: type[DataLoader[Batch]], pictures: Pictures, batches: Batches) -> DataLoader[Batch]:
+    def _loader(self, kind: type[DataLoader[Batch]], pictures: Dataset[Any], batches: Batches) -> DataLoader[Batch]:
         return kind(
             pictures,
             sampler=batches,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pipeline.errors import UserError
 
@@ -95,6 +95,10 @@ def check_stem(stem: str, *, name: str) -> None:
     """
     if stem not in ("default", "cifar"):
         raise UserError(f"scratch/{name} has no stem {stem!r}; set model.stem to default or cifar")
+
+
+# A net that is traced into its graph has no size yet: the check becomes one of its operations.
+fx.wrap("refuse_small")
 
 
 def refuse_small(x: Tensor, *, min_px: int, name: str, cifar_stem: bool = False) -> None:

@@ -183,7 +183,19 @@ def load_weights(net: torch.nn.Module, path: Path) -> None:
     # Weights only: a checkpoint is read without executing what it may hold.
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     prefix = "average.net." if int(state.get("average.count", 0)) > 0 else "net."
-    net.load_state_dict({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    net.load_state_dict({**net.state_dict(), **found})  # what its phase did not change is not in it
+
+
+def write_whole(path: Path, net: torch.nn.Module, target: Path) -> None:
+    """Copies a checkpoint of a net's Classifier, with what its phase did not change."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    state = checkpoint["state_dict"]
+    prefixes = ["net.", "average.net."] if "average.count" in state else ["net."]
+    for name, value in net.state_dict().items():
+        for prefix in prefixes:
+            state.setdefault(f"{prefix}{name}", value)
+    torch.save(checkpoint, target)
 
 
 def _put_in_place(beside: Path, name: str) -> None:

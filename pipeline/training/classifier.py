@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.parameters import TrainParams
 from pipeline.training import optim, penalties, schedule
 from pipeline.training.averaging import Average
+from pipeline.training.cut import Cut
 from pipeline.training.distillation import Teacher, distance
 from pipeline.training.mixing import Mixer
 from pipeline.training.normalize import Normalize, resized
@@ -39,6 +40,7 @@ class Classifier(L.LightningModule):
         first_epoch: epochs trained before, in earlier phases.
         class_weights: of the loss, float [classes]; None for all alike.
         teacher: to distil from; None for none.
+        cut: where a batch's tensors enter the net, in place of pictures; None for pictures.
     """
 
     def __init__(
@@ -55,10 +57,12 @@ class Classifier(L.LightningModule):
         first_epoch: int = 0,
         class_weights: torch.Tensor | None = None,
         teacher: Teacher | None = None,
+        cut: Cut | None = None,
     ) -> None:
         super().__init__()
         self.net = net
         self.phase = phase
+        self.cut = cut
         self.rates: Sequence[float] | None = None
         """Of the optimiser's groups, where they were looked for; else the phase's."""
         self.alone = False
@@ -89,6 +93,8 @@ class Classifier(L.LightningModule):
         if params.compile:
             net.compile()
         self.train()
+        # Under fsdp no rank holds a tensor whole.
+        self._fixed = schedule.fixed(net) if params.strategy != "fsdp" else frozenset()
 
     def forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.net(self._prepared(pixels_BCHW))
@@ -104,14 +110,24 @@ class Classifier(L.LightningModule):
         return self
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What the ranks have counted in this epoch so far, together."""
+        """Leaves out what the phase does not change; notes what the ranks have counted in this epoch so far, together.
+
+        The phase begins with it anyway, and a checkpoint of a head alone is written in no time.
+        """
+        for name in [name for name in checkpoint["state_dict"] if _bare(name) in self._fixed]:
+            del checkpoint["state_dict"][name]
         if self.trainer.world_size > 1 and not self.alone:
             for name, counted in self._counts(checkpoint).items():
                 total = self.trainer.strategy.reduce(counted.clone().to(self.device), reduce_op="sum")
                 checkpoint["state_dict"][name] = total
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Only the leader goes on with what all had counted; nobody, with what Lightning would yet have reset."""
+        """Puts back what was left out.
+
+        Only the leader goes on with what all had counted; nobody, with what Lightning would yet have reset.
+        """
+        own = self.state_dict()
+        checkpoint["state_dict"].update({name: own[name] for name in own if _bare(name) in self._fixed})
         (loader,) = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
         between_epochs = loader["batches"] == 0
         for counted in self._counts(checkpoint).values():
@@ -170,7 +186,7 @@ class Classifier(L.LightningModule):
 
     def validation_step(self, batch: Batch, index: int) -> None:  # noqa: ARG002, Lightning's signature
         pixels, labels = batch
-        logits = self._judged()(self._prepared(pixels))
+        logits = self._logits(self._judged(), pixels)
         loss = F.cross_entropy(logits, labels)
         self._check_finite(loss, f"validation after epoch {self.current_epoch + 1}")
         self._count("val", loss, logits, labels)
@@ -222,14 +238,18 @@ class Classifier(L.LightningModule):
         pixels: torch.Tensor = self.normalize(resized(pixels_BCHW, self.phase.px))
         return pixels.contiguous(memory_format=self._memory_format)
 
-    def _all_logits(self, net: Any, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _logits(self, net: nn.Module, inputs: Any) -> torch.Tensor:
+        """Of pictures uint8 or float [B, C, H, W], or of the tensors that cross the cut."""
+        logits: torch.Tensor = net(self._prepared(inputs)) if self.cut is None else self.cut.logits(net, inputs)
+        return logits
+
+    def _all_logits(self, net: Any, inputs: Any) -> tuple[torch.Tensor, ...]:
         """The logits, and those of the net's auxiliary classifiers while they learn (Szegedy et al. 2014)."""
         heads = net.auxiliary_heads() if hasattr(net, "auxiliary_heads") else []
         learn = [any(parameter.requires_grad for parameter in head.parameters()) for head in heads]
-        prepared = self._prepared(pixels_BCHW)
         if not any(learn):
-            return (net(prepared),)
-        logits, *auxiliary = net.forward_with_auxiliary(prepared)
+            return (self._logits(net, inputs),)
+        logits, *auxiliary = net.forward_with_auxiliary(self._prepared(inputs))
         return logits, *(extra for extra, learns in zip(auxiliary, learn, strict=True) if learns)
 
     def _check_finite(self, loss: torch.Tensor, when: str) -> None:
@@ -246,3 +266,8 @@ class Classifier(L.LightningModule):
         top1.update(logits.detach(), labels)
         metrics: dict[str, Metric] = {f"{split}/loss": mean, f"{split}/top1": top1}
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
+
+
+def _bare(name: str) -> str:
+    """A tensor's name within the net, or within its average."""
+    return name.removeprefix("average.").removeprefix("net.")

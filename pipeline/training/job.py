@@ -16,19 +16,20 @@ import lightning as L
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import nn
 
 from pipeline import nets, paths, provenance, tracking
 from pipeline.analysis import finder_plot, inference, metrics, plots, schedule_view
 from pipeline.config import flat
-from pipeline.data.datamodule import Batches, PictureData, Pictures
+from pipeline.data.datamodule import Batch, Batches, PictureData, Pictures
 from pipeline.data.store import Store
 from pipeline.errors import UserError, blaming
 from pipeline.files import fresh_folder
 from pipeline.outbox import warn
 from pipeline.parameters import Config, operational
-from pipeline.training import finder, objective, optim, schedule, weights
-from pipeline.training.checkpoints import load_weights
+from pipeline.training import finder, frozen, objective, optim, schedule, weights
+from pipeline.training.checkpoints import load_weights, write_whole
 from pipeline.training.classifier import Classifier
 from pipeline.training.distillation import Teacher
 from pipeline.training.fit import Log, fit, rank
@@ -82,7 +83,7 @@ def run(job: Job) -> pd.DataFrame | None:
             return _lead(job, net, card, phases, origin)
     _check(phases, net, config)
     progress = Progress(job.progress, facts=_facts(job, origin), leader=False)
-    _train(job, net, card, phases, progress, log=_another_ranks)
+    _train(job, net, card, phases, _cuts(job, net, phases), progress, log=_another_ranks)
     return None
 
 
@@ -134,9 +135,10 @@ def _lead(job: Job, net: nn.Module, card: ModelCard, phases: list[Phase], origin
             if job.watch is not None:
                 job.watch(metrics, step=step)
 
+        plans = _cuts(job, net, phases)
         pictures = len(job.store.indices("train"))
-        print(schedule_view.text(phases, net, pictures=pictures))
-        outcomes = _train(job, net, card, phases, progress, log=log)
+        print(schedule_view.text(phases, net, pictures=pictures, frozen=[plan.told for plan in plans]))
+        outcomes = _train(job, net, card, phases, plans, progress, log=log)
         rows = _write(job, net, card, phases, outcomes, progress, run=tracked)
     progress.clear()
     return rows
@@ -164,8 +166,29 @@ def _facts(job: Job, origin: Origin) -> dict[str, Any]:
     }
 
 
+def _cuts(job: Job, net: nn.Module, phases: list[Phase]) -> list[frozen.Plan]:
+    params, counts = job.config.train, job.store.counts()
+    return [
+        frozen.plan(
+            phase,
+            net,
+            params=params,
+            in_chans=job.config.model.in_chans,
+            pictures=counts["train"] + counts["val"],
+        )
+        for phase in phases
+    ]
+
+
 def _train(
-    job: Job, net: nn.Module, card: ModelCard, phases: list[Phase], progress: Progress, *, log: Log
+    job: Job,
+    net: nn.Module,
+    card: ModelCard,
+    phases: list[Phase],
+    plans: list[frozen.Plan],
+    progress: Progress,
+    *,
+    log: Log,
 ) -> list[Outcome]:
     params, store = job.config.train, job.store
     train = store.indices("train")
@@ -173,12 +196,17 @@ def _train(
     class_weights = objective.class_weights(store.labels[train], num_classes=len(card.classes)) if balanced else None
     teacher = _teacher(params.teacher, card)
     outcomes: list[Outcome] = []
-    for phase in phases:
+    for phase, plan in zip(phases, plans, strict=True):
         epochs, steps = sum(len(o.rows) for o in outcomes), sum(o.steps for o in outcomes)
         if done := progress.outcome(phase.name):
             load_weights(net, done.best)
             outcomes.append(done)
             continue
+        kept = None
+        if plan.cut is not None:
+            kept = frozen.computed(
+                plan.cut, net, store, phase=phase, params=params, px=card.px, mean=card.mean, std=card.std
+            )
         module = Classifier(
             net,
             phase=phase,
@@ -191,6 +219,7 @@ def _train(
             first_epoch=epochs,
             class_weights=class_weights,
             teacher=teacher,
+            cut=plan.cut,
         )
         data = PictureData(
             store,
@@ -203,7 +232,9 @@ def _train(
             balanced=params.sampling == "balanced",
             seed=params.seed,
             workers=params.workers,
+            views=phase.views,
             first_epoch=epochs,
+            cached=kept,
         )
         if phase.lr == "find" and rank() == 0:
             module.rates = _found(module, data, phase, job, progress)
@@ -230,13 +261,12 @@ def _found(module: Classifier, data: PictureData, phase: Phase, job: Job, progre
     if params.accelerator in ("auto", "gpu") and torch.cuda.is_available():
         module.to("cuda")
     batches = [
-        [part.to(module.device) for part in batch]
-        for batch in islice(data.train_dataloader(), SWEPT * phase.accumulate)
+        move_data_to_device(batch, module.device) for batch in islice(data.train_dataloader(), SWEPT * phase.accumulate)
     ]
 
-    def step(net: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
+    def step(net: nn.Module, batch: Batch) -> torch.Tensor:
         with torch.autocast(module.device.type, torch.bfloat16, enabled=params.precision == "bf16-mixed"):
-            return module.losses(net, (batch[0], batch[1]))[0]
+            return module.losses(net, batch)[0]
 
     with blaming("train.phases"):
         found = finder.find(
@@ -292,8 +322,8 @@ def _write(
         run.log_metrics(points, step=0, once=True)
     with fresh_folder(job.out) as folder:
         weights.save_model(folder / "model.safetensors", net, card)
-        shutil.copyfile(outcomes[-1].best, folder / "best.ckpt")
-        shutil.copyfile(outcomes[-1].last, folder / "last.ckpt")
+        write_whole(outcomes[-1].best, net, folder / "best.ckpt")
+        write_whole(outcomes[-1].last, net, folder / "last.ckpt")
         record.write(folder)
         best = rows["epoch"].isin([o.best_epoch for o in outcomes])
         plots.curves(rows.assign(best=best), folder / "curves.png")

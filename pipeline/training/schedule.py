@@ -40,6 +40,8 @@ class Phase:
     px: int
     """Side that pictures are resized to, in pixels."""
     strength: float
+    views: int
+    """Augmented versions of a picture; 0 for a fresh one every epoch."""
 
     def epochs_of(self, pictures: int) -> int:
         """Epochs that it takes at most, for so many training pictures."""
@@ -129,6 +131,14 @@ def set_mode(net: nn.Module, *, adapt_bn: bool = False) -> None:
     net.training = True
     for child in net.children():
         set_mode(child, adapt_bn=adapt_bn)
+
+
+def fixed(net: nn.Module) -> frozenset[str]:
+    """Names of the weights and buffers that training leaves as they are, in the mode that `set_mode` has left."""
+    learning = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+    moving = {prefix for prefix, module in net.named_modules() if module.training}
+    buffers = {name for name, _ in net.named_buffers() if name.rpartition(".")[0] in moving}
+    return frozenset(net.state_dict()) - learning - buffers
 
 
 def _phase(name: str, asked: PhaseParams, *, px: int) -> Phase:

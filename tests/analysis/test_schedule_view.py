@@ -28,7 +28,7 @@ def _net() -> nn.Module:
 
 def test_the_table_has_a_line_a_phase_with_what_learns() -> None:
     net = _net()
-    lines = schedule_view.text(_planned(net), net, pictures=640).splitlines()
+    lines = schedule_view.text(_planned(net), net, pictures=640, frozen=["once", "none"]).splitlines()
     frozen, finetune = (next(line for line in lines if line.startswith(name)) for name in ("frozen", "finetune"))
     head = sum(p.numel() for p in net.get_classifier().parameters())
     whole = sum(p.numel() for p in net.parameters())
@@ -42,7 +42,9 @@ def test_the_table_has_a_line_a_phase_with_what_learns() -> None:
 def test_rates_by_layer_are_said_as_a_range() -> None:
     net = _net()
     phases = _planned(net, phases={"a": {"trainable": "all", "lr": 0.5, "layer_decay": 0.5}})
-    assert "0.5 (head) to" in " ".join(schedule_view.text(phases, net, pictures=64).split())
+    assert "0.5 (head) to" in " ".join(
+        schedule_view.text(phases, net, pictures=64, frozen=["none"] * len(phases)).split()
+    )
 
 
 def test_the_picture_can_be_opened_and_has_a_curve_for_every_schedule(tmp_path: Path) -> None:

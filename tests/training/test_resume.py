@@ -44,6 +44,15 @@ TRAIN = {
     },
 }
 """Phase one: 2 epochs of 4 steps. Phase two: 7 steps, in epochs of 3."""
+KEPT = {
+    "mixup": 0,
+    "cutmix": 0,
+    "phases": {
+        "one": {"epochs": 2, "trainable": "head", "lr": 0.01, "views": 2},
+        "two": {"steps": 6, "trainable": "last:3", "lr": 0.01, "strength": 0},
+    },
+}
+"""What makes the frozen layers' output the same every time: two views in phase one, none but the picture in two."""
 
 DRIVER = """
 import os, signal, sys
@@ -141,6 +150,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = _project(tmp_path_factory.mktemp("whole") / "it")
     done = _run(folder)
     assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = _project(tmp_path_factory.mktemp("kept") / "it", **KEPT)
+    done = _run(folder)
+    assert done.returncode == 0, done.stderr
+    assert "frozen layers computed for 46 pictures" in done.stdout  # two views of 23
     return folder
 
 
@@ -268,3 +286,13 @@ def test_two_processes_that_are_killed_go_on_together(tmp_path: Path) -> None:
     # Sums over ranks are added up in another order.
     assert [(name, step) for name, step, _ in points[0]] == [(name, step) for name, step, _ in points[1]]
     np.testing.assert_allclose([v for *_, v in points[0]], [v for *_, v in points[1]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("stop", ["one:2", "one:5", "one:val1", "one:end", "two:2", "two:4", "write"])
+def test_a_training_on_kept_features_goes_on_to_the_same_bits(stop: str, kept: Path, tmp_path: Path) -> None:
+    folder = _project(tmp_path / "it", **KEPT)
+    assert _run(folder, stop).returncode == -signal.SIGKILL
+    done = _run(folder)
+    assert done.returncode == 0, done.stderr
+    assert "frozen layers computed for 0 pictures" in done.stdout or stop in ("one:end", "write")
+    _same(kept, folder)
