@@ -24,7 +24,7 @@ from pipeline.data.features import CachedPictures, FeatureCache
 from pipeline.data.store import Store
 from pipeline.parameters import TrainParams
 from pipeline.training import schedule
-from pipeline.training.cut import Cut, CannotCutError
+from pipeline.training.cut import CannotCutError, Cut
 from pipeline.training.cut import find as find_cut
 from pipeline.training.normalize import Normalize, resized
 from pipeline.training.schedule import Phase
