@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data import splits, store
+from pipeline.data import draws, splits, store
 from pipeline.data.catalog import Item, Pictures
 from pipeline.data.decode import shrink
+from pipeline.data.pixels import to_channels
 from pipeline.data.store import Row
-from pipeline.data.transforms import Augmenter, to_channels
+from pipeline.data.transforms import Augmenter
 from pipeline.errors import UserError
 from pipeline.parameters import AugmentParams
 
@@ -48,7 +49,7 @@ def pack(folder: Path, pictures: Pictures, *, dataset: str, channels: int, param
             yield _row(item, split, 0, whole), whole
             if augment and split == "train":
                 for copy in range(1, params.copies + 1):
-                    version = augment(whole, seed=(params.seed, copy, index))
+                    (version,) = augment([whole], keys=draws.keys(params.seed, copy, np.array([index])))
                     yield _row(item, split, copy, version), version
 
     store.write(
