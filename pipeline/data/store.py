@@ -116,7 +116,7 @@ class Store:
         return [row._replace(split=split) for row, split in zip(rows, self._splits, strict=True)]
 
     def gather(self, indices: np.ndarray) -> Pixels:
-        """Pictures by their numbers, int64 [B]: copies where all of the store are of one shape, else views of the file."""
+        """Pictures by their numbers, int64 [B]: copies where the store is of one shape, else views of the file."""
         if self._uniform_NHWC is not None:
             return self._uniform_NHWC.take(indices, axis=0)
         return [self[index] for index in indices.tolist()]
