@@ -5,16 +5,17 @@ version of a picture depends on (seed, epoch, index) alone and never on which pr
 tells how far it is and goes on from there, so that a training stopped in mid-epoch sees the rest of that epoch.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pipeline.data import draws, pixels, transforms
+from pipeline.data import draws, pixels, transforms, workers
 from pipeline.data.store import Store
 from pipeline.errors import UserError
 
@@ -64,6 +65,10 @@ class Batches(Sampler[np.ndarray]):
 
     def __len__(self) -> int:
         return -(-len(self._indices) // self._batch_size) * self._parts
+
+    def example(self) -> np.ndarray:
+        """The first batch of the epoch, whatever is left out; iterating goes on from where it was."""
+        return next(self._all())
 
     def __iter__(self) -> Iterator[np.ndarray]:
         # With the first batch and not before: a DataLoader with workers makes two iterators and uses one.
@@ -172,6 +177,7 @@ class PictureData(L.LightningDataModule):
         parts: batches that one optimiser step is computed in.
         chosen: online augmentation, transforms by name; `strength` multiplies their probabilities.
         balanced: every class as often in an epoch.
+        workers: processes that load batches, 0 for this one; auto for what the machine and the work call for.
         first_epoch: epochs trained before, in earlier phases.
     """
 
@@ -184,7 +190,7 @@ class PictureData(L.LightningDataModule):
         batch_size: int,
         chosen: Mapping[str, Mapping[str, Any]],
         seed: int,
-        workers: int,
+        workers: int | Literal["auto"],
         parts: int = 1,
         strength: float = 1.0,
         balanced: bool = False,
@@ -232,13 +238,25 @@ class PictureData(L.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _loader(self, kind: type[DataLoader[Batch]], pictures: Pictures, batches: Batches) -> DataLoader[Batch]:
+        count = self._fitting(pictures, batches) if self._workers == "auto" else self._workers
         return kind(
             pictures,
             sampler=batches,
             batch_size=None,
-            num_workers=self._workers,
+            num_workers=count,
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=self._workers > 0,
+            persistent_workers=count > 0,
+        )
+
+    def _fitting(self, pictures: Pictures, batches: Batches) -> int:
+        """Workers by a batch that is made to time it: one of the sampler's, which stays where it is."""
+        device = self.trainer.strategy.root_device.type if self.trainer else "cpu"
+        first = batches.example()
+        return workers.auto(
+            lambda: pictures[first],
+            batches=len(batches),
+            processes=int(os.environ.get("LOCAL_WORLD_SIZE", self._place()[1])),
+            accelerated=device != "cpu",
         )
 
 

@@ -1,6 +1,7 @@
 """Batches: no augmentation repeats, and neither workers nor ranks change what a picture looks like."""
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ def packed(tmp_path: Path) -> Store:
     return Store(tmp_path)
 
 
-def _data(packed: Store, *, workers: int = 0, first_epoch: int = 0) -> PictureData:
+def _data(packed: Store, *, workers: int | str = 0, first_epoch: int = 0) -> PictureData:
     return PictureData(
         packed,
         px=PX,
@@ -93,6 +94,25 @@ def test_no_augmentation_repeats_within_or_across_epochs(packed: Store) -> None:
 def test_workers_change_nothing(packed: Store, workers: int) -> None:
     alone, helped = _epoch(_data(packed), 1), _epoch(_data(packed, workers=workers), 1)
     assert all(torch.equal(one, two) for one, two in zip(alone, helped, strict=True))
+
+
+def test_auto_decides_by_one_of_the_batches_and_moves_nothing_on(
+    packed: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def auto(make: Callable[[], datamodule.Batch], **of: object) -> int:
+        asked.append((make()[0], of))
+        return 1
+
+    monkeypatch.setattr(datamodule.workers, "auto", auto)
+    loader = _data(packed, workers="auto").train_dataloader()
+    assert loader.num_workers == 1
+    loader.sampler.set_epoch(1)
+    assert all(torch.equal(one, two) for (one, _), two in zip(loader, _epoch(_data(packed), 1), strict=True))
+    ((batch, of),) = asked
+    assert torch.equal(batch, _epoch(_data(packed), 0)[0])
+    assert of == {"batches": 3, "processes": 1, "accelerated": False}
 
 
 def test_a_later_phase_goes_on_where_the_earlier_one_stopped(packed: Store) -> None:
