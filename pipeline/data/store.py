@@ -135,7 +135,7 @@ class Store:
         Raises:
             UserError: a bit has changed since the store was written.
         """
-        if _digest(self.folder) != self.meta.sha256:
+        if _together(_file_hash(self.folder / MANIFEST), _file_hash(self.folder / PICTURES)) != self.meta.sha256:
             raise UserError(f"{self.folder}: damaged (its hash has changed); run `dvc repro -f augment`")
 
     def _of_one_shape(self) -> np.ndarray | None:
@@ -182,20 +182,26 @@ def write(
 
     `skipped` is read when the stream has ended, so the stream may add to it.
     """
+    hashed = hashlib.sha256()  # while the bytes are at hand, and not from the file
     with (folder / PICTURES).open("wb") as blob, (folder / MANIFEST).open("w", encoding="utf-8", newline="") as table:
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow(Row._fields)
         for row, picture in pictures:
             assert picture.shape == (row.height, row.width, channels), (row, picture.shape)
-            blob.write(np.ascontiguousarray(picture).tobytes())
+            pixels = np.ascontiguousarray(picture).data
+            blob.write(pixels)
+            hashed.update(pixels)
             writer.writerow(row)
-    meta = Meta(dataset, classes, px, channels, tuple(skipped), _digest(folder))
+    meta = Meta(
+        dataset, classes, px, channels, tuple(skipped), _together(_file_hash(folder / MANIFEST), hashed.digest())
+    )
     (folder / META).write_text(json.dumps(asdict(meta), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _digest(folder: Path) -> str:
-    whole = hashlib.sha256()
-    for name in (MANIFEST, PICTURES):
-        with (folder / name).open("rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
+def _file_hash(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _together(manifest: bytes, pictures: bytes) -> str:
+    return hashlib.sha256(manifest + pictures).hexdigest()
