@@ -7,6 +7,7 @@ splitmix64.c), which hashes a counter and so is computed for all pictures side b
 """
 
 import zlib
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +59,9 @@ class Draws:
 
     def chosen(self, p: float) -> npt.NDArray[np.int64]:
         """Which pictures something of probability `p` happens to, int64 [at most B], ascending."""
+        if p == 1:
+            self._taken += 1  # what follows does not depend on p
+            return np.arange(len(self))
         (drawn,) = self.uniform(1)
         return np.flatnonzero(drawn < p)
 
@@ -69,6 +73,7 @@ def _mixed(word: Keys) -> Keys:
     return word ^ (word >> np.uint64(31))
 
 
+@lru_cache(maxsize=64)
 def _hashed(number: int) -> np.uint64:
     word: np.uint64 = _mixed(np.array([(number + 1) * _GAMMA & _MASK], dtype=np.uint64))[0]
     return word

@@ -57,3 +57,10 @@ def test_what_is_chosen_is_chosen_at_its_rate() -> None:
     assert len(Draws(made, "x").chosen(0.0)) == 0
     assert np.array_equal(Draws(made, "x").chosen(1.0), np.arange(10_000))
     assert len(Draws(made, "x").chosen(0.3)) == pytest.approx(3000, abs=4 * 46)
+    after = []
+    for p in (0.0, 0.3, 1.0):
+        draws = Draws(made, "x")
+        draws.chosen(p)
+        after.append(draws.uniform(1))
+    assert np.array_equal(after[0], after[1])
+    assert np.array_equal(after[1], after[2])  # a phase's strength changes which pictures, and not how
