@@ -251,9 +251,8 @@ class PictureData(L.LightningDataModule):
     def _fitting(self, pictures: Pictures, batches: Batches) -> int:
         """Workers by a batch that is made to time it: one of the sampler's, which stays where it is."""
         device = self.trainer.strategy.root_device.type if self.trainer else "cpu"
-        first = batches.example()
         return workers.auto(
-            lambda: pictures[first],
+            lambda: pictures[batches.example()],
             batches=len(batches),
             processes=int(os.environ.get("LOCAL_WORLD_SIZE", self._place()[1])),
             accelerated=device != "cpu",
