@@ -243,8 +243,8 @@ class TrainParams(Params):
     """Lightning's strategy; more than one device takes ddp."""
     sync_bn: bool = False
     """Batch norms over the pictures of all devices together, where there are several."""
-    workers: Annotated[int, Field(ge=0, le=64), Operational] = 0
-    """Data-loading processes; 0 loads in the training process."""
+    workers: Annotated[Auto | Annotated[int, Field(ge=0, le=64)], Operational] = "auto"
+    """Data-loading processes; 0 loads in the training process, auto starts some where batches are slow to make."""
 
     _transforms = field_validator("transforms")(check_transforms)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from pipeline.data.datamodule import Batch
 from pipeline.data.decode import shrink
-from pipeline.data.transforms import center_crop, to_channels
+from pipeline.data.pixels import center_crop, to_channels
 from pipeline.training.normalize import Normalize
 from pipeline.training.weights import ModelCard
 

@@ -1,20 +1,21 @@
 """Batches from the packed store, the same whatever the number of workers or ranks.
 
-A sampler's item is a whole batch: a list of (epoch, index) pairs. The epoch travels with the index, so the random
+A sampler's item is a whole batch: (epoch, index) pairs, int64 [B, 2]. The epoch travels with the index, so the random
 version of a picture depends on (seed, epoch, index) alone and never on which process makes it. The training loader
 tells how far it is and goes on from there, so that a training stopped in mid-epoch sees the rest of that epoch.
 """
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pipeline.data import transforms
+from pipeline.data import draws, pixels, transforms, workers
 from pipeline.data.features import CachedPictures
 from pipeline.data.store import Store
 from pipeline.errors import UserError
@@ -23,7 +24,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 """Pictures uint8 [B, C, H, W] and labels int64 [B]."""
 
 
-class Batches(Sampler[list[tuple[int, int]]]):
+class Batches(Sampler[np.ndarray]):
     """The batches of one epoch, as this rank sees them.
 
     A global batch is cut into equal slices, one a rank, and each into `parts`, which are batches of their own; a last
@@ -66,12 +67,16 @@ class Batches(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return -(-len(self._indices) // self._batch_size) * self._parts
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def example(self) -> np.ndarray:
+        """The first batch of the epoch, whatever is left out; iterating goes on from where it was."""
+        return next(self._all())
+
+    def __iter__(self) -> Iterator[np.ndarray]:
         # With the first batch and not before: a DataLoader with workers makes two iterators and uses one.
         skip, self.skip = self.skip, 0
         yield from islice(self._all(), skip, None)
 
-    def _all(self) -> Iterator[list[tuple[int, int]]]:
+    def _all(self) -> Iterator[np.ndarray]:
         order = self._order()
         for start in range(0, len(order), self._batch_size):
             batch = order[start : start + self._batch_size]
@@ -79,7 +84,8 @@ class Batches(Sampler[list[tuple[int, int]]]):
             share = -(-len(batch) // pieces)
             filled = np.resize(batch, share * pieces)
             for part in range(self._rank * self._parts, (self._rank + 1) * self._parts):
-                yield [(self.epoch, int(index)) for index in filled[part * share : (part + 1) * share]]
+                mine = filled[part * share : (part + 1) * share]
+                yield np.stack([np.full_like(mine, self.epoch), mine], axis=1)
 
     def _order(self) -> np.ndarray:
         if not self._shuffle:
@@ -101,7 +107,9 @@ class Batches(Sampler[list[tuple[int, int]]]):
 
 
 class Pictures(Dataset[Batch]):
-    """Whole batches by their list of (epoch, index): augmented where transforms are given, else centre-cropped.
+    """Whole batches by their (epoch, index) pairs: augmented where transforms are given, else centre-cropped.
+
+    The pixels lie in memory as [B, H, W, C], which torch calls channels-last.
 
     Args:
         views: augmented versions of each picture, which epochs take by turns; 0 for a fresh one every epoch.
@@ -120,17 +128,21 @@ class Pictures(Dataset[Batch]):
         self._store, self._px, self._in_chans, self._seed, self._views = store, px, in_chans, seed, views
         self._augment = transforms.Augmenter(chosen, px=px) if chosen else None
 
-    def __getitem__(self, batch: list[tuple[int, int]]) -> Batch:
-        pictures = np.stack([self._one(epoch, index) for epoch, index in batch])
-        labels = self._store.labels[[index for _, index in batch]]
-        return torch.from_numpy(pictures).permute(0, 3, 1, 2), torch.from_numpy(labels)
-
-    def _one(self, epoch: int, index: int) -> np.ndarray:
-        picture = transforms.to_channels(self._store[index], self._in_chans)
+    def __getitem__(self, batch: Sequence[tuple[int, int]] | np.ndarray) -> Batch:
+        epochs, indices = np.asarray(batch, dtype=np.int64).T
+        pictures = self._store.gather(indices)
+        if isinstance(pictures, np.ndarray):
+            pictures = pixels.to_channels(pictures, self._in_chans)
+        else:
+            pictures = [pixels.to_channels(picture, self._in_chans) for picture in pictures]
         if self._augment is None:
-            return transforms.center_crop(picture, self._px)
-        version = epoch % self._views if self._views else epoch
-        return self._augment(picture, seed=(self._seed, version, index))
+            made = pixels.center_crops(pictures, self._px)
+        else:
+            epochs = epochs % self._views if self._views else epochs
+            versions = self._augment(pictures, keys=draws.keys(self._seed, epochs, indices))
+            assert isinstance(versions, np.ndarray)  # squares, every one
+            made = versions
+        return torch.from_numpy(made).permute(0, 3, 1, 2), torch.from_numpy(self._store.labels[indices])
 
 
 class TrainLoader(DataLoader[Batch]):
@@ -172,6 +184,7 @@ class PictureData(L.LightningDataModule):
         chosen: online augmentation, transforms by name; `strength` multiplies their probabilities.
         balanced: every class as often in an epoch.
         views: augmented versions of each picture; 0 for a fresh one every epoch.
+        workers: processes that load batches, 0 for this one; auto for what the machine and the work call for.
         first_epoch: epochs trained before, in earlier phases.
         cached: what stands in for the training pictures and for those of validation.
     """
@@ -185,7 +198,7 @@ class PictureData(L.LightningDataModule):
         batch_size: int,
         chosen: Mapping[str, Mapping[str, Any]],
         seed: int,
-        workers: int,
+        workers: int | Literal["auto"],
         parts: int = 1,
         strength: float = 1.0,
         balanced: bool = False,
@@ -238,13 +251,24 @@ class PictureData(L.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _loader(self, kind: type[DataLoader[Batch]], pictures: Dataset[Any], batches: Batches) -> DataLoader[Batch]:
+        count = self._fitting(pictures, batches) if self._workers == "auto" else self._workers
         return kind(
             pictures,
             sampler=batches,
             batch_size=None,
-            num_workers=self._workers,
+            num_workers=count,
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=self._workers > 0,
+            persistent_workers=count > 0,
+        )
+
+    def _fitting(self, pictures: Dataset[Any], batches: Batches) -> int:
+        """Workers by a batch that is made to time it: one of the sampler's, which stays where it is."""
+        device = self.trainer.strategy.root_device.type if self.trainer else "cpu"
+        return workers.auto(
+            lambda: pictures[batches.example()],
+            batches=len(batches),
+            processes=int(os.environ.get("LOCAL_WORLD_SIZE", self._place()[1])),
+            accelerated=device != "cpu",
         )
 
 

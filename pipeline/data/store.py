@@ -8,18 +8,22 @@ file by itself.
 import csv
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipeline.data.pixels import Pixels
 from pipeline.errors import UserError
 
 PICTURES, MANIFEST, META = "pictures.bin", "manifest.csv", "meta.json"
+SPLITS = ("train", "val", "test")
+_LEFT_OUT = 255
 
 
 class Row(NamedTuple):
@@ -58,6 +62,9 @@ class Meta:
 class Store:
     """A packed store, read-only.
 
+    What it keeps in memory of each picture is some 25 bytes of arrays; the pictures stay in the file, of which the
+    system holds in memory what it has room for.
+
     Args:
         splits: of each row, in place of what the manifest says, for another division of the same pictures.
 
@@ -72,40 +79,55 @@ class Store:
         except FileNotFoundError:
             raise UserError(f"{folder}: no packed pictures here; run `dvc repro augment` first") from None
         self.meta = Meta(**{**facts, "classes": tuple(facts["classes"]), "skipped": tuple(facts["skipped"])})
-        with (folder / MANIFEST).open(encoding="utf-8", newline="") as file:
-            self.rows = [
-                Row(key, split, int(label), int(copy), int(height), int(width), group)
-                for key, split, label, copy, height, width, group in islice(csv.reader(file), 1, None)
-            ]
+        self._split_of, self.labels, self._heights, self._widths = _columns(folder / MANIFEST)
         if splits is not None:
-            self.rows = [row._replace(split=split) for row, split in zip(self.rows, splits, strict=True)]
-        self.labels = np.array([row.label for row in self.rows], dtype=np.int64)
-        sizes = np.array([row.height * row.width * self.meta.channels for row in self.rows], dtype=np.int64)
+            assert len(splits) == len(self._split_of), (len(splits), len(self._split_of))
+            self._split_of = _split_codes(splits)
+        sizes = self._heights.astype(np.int64) * self._widths * self.meta.channels
         self._offsets = np.concatenate([[0], np.cumsum(sizes)])
-        self._bytes = np.memmap(folder / PICTURES, dtype=np.uint8, mode="r")
+        # seen as a plain array: a memmap makes a Python object of its own kind of whatever is taken from it
+        self._bytes = np.asarray(np.memmap(folder / PICTURES, dtype=np.uint8, mode="r"))
         if len(self._bytes) != self._offsets[-1]:
             raise UserError(f"{folder / PICTURES}: damaged (wrong length); run `dvc repro -f augment`")
+        self._uniform_NHWC = self._of_one_shape()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A memory map would be pickled as a copy of every picture: a worker opens the file itself.
         return partial(Store, splits=self._splits), (self.folder,)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> np.ndarray:
         """One picture, uint8 [H, W, C]: a view of the file."""
-        row = self.rows[index]
         flat = self._bytes[self._offsets[index] : self._offsets[index + 1]]
-        return flat.reshape(row.height, row.width, self.meta.channels)
+        return flat.reshape(self._heights[index], self._widths[index], self.meta.channels)
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """Everything that the manifest says, a row per picture: read when it is first asked for, and kept."""
+        with (self.folder / MANIFEST).open(encoding="utf-8", newline="") as file:
+            rows = [
+                Row(key, split, int(label), int(copy), int(height), int(width), group)
+                for key, split, label, copy, height, width, group in islice(csv.reader(file), 1, None)
+            ]
+        if self._splits is None:
+            return rows
+        return [row._replace(split=split) for row, split in zip(rows, self._splits, strict=True)]
+
+    def gather(self, indices: np.ndarray) -> Pixels:
+        """Pictures by their numbers, int64 [B]: copies where the store is of one shape, else views of the file."""
+        if self._uniform_NHWC is not None:
+            return self._uniform_NHWC.take(indices, axis=0)
+        return [self[index] for index in indices.tolist()]
 
     def indices(self, split: str) -> np.ndarray:
         """Numbers of the pictures of a split, offline copies included."""
-        return np.array([i for i, row in enumerate(self.rows) if row.split == split], dtype=np.int64)
+        return np.flatnonzero(self._split_of == SPLITS.index(split))
 
     def counts(self) -> dict[str, int]:
         """Pictures per split."""
-        return {split: len(self.indices(split)) for split in ("train", "val", "test")}
+        return {split: len(self.indices(split)) for split in SPLITS}
 
     def verify(self) -> None:
         """Reads everything once and compares it with the hash.
@@ -113,8 +135,37 @@ class Store:
         Raises:
             UserError: a bit has changed since the store was written.
         """
-        if _digest(self.folder) != self.meta.sha256:
+        if _together(_file_hash(self.folder / MANIFEST), _file_hash(self.folder / PICTURES)) != self.meta.sha256:
             raise UserError(f"{self.folder}: damaged (its hash has changed); run `dvc repro -f augment`")
+
+    def _of_one_shape(self) -> np.ndarray | None:
+        """All pictures as one view of the file, uint8 [N, H, W, C]; None where their shapes differ."""
+        if not len(self) or np.ptp(self._heights) or np.ptp(self._widths):
+            return None
+        return self._bytes.reshape(len(self), self._heights[0], self._widths[0], self.meta.channels)
+
+
+def _columns(manifest: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Each row's split (uint8), label (int64), height and width (int32), without a Python object per row."""
+    kinds: dict[tuple[str, ...], int] = {}
+    codes = array("L")
+    with manifest.open(encoding="utf-8", newline="") as file:
+        for _, split, label, _, height, width, _ in islice(csv.reader(file), 1, None):
+            codes.append(kinds.setdefault((split, label, height, width), len(kinds)))
+    kind_of = np.array(codes, dtype=np.int64)
+    splits, labels, heights, widths = zip(*kinds, strict=True) if kinds else ((), (), (), ())
+    return (
+        _split_codes(splits)[kind_of],
+        np.array(labels, dtype=np.str_).astype(np.int64)[kind_of],
+        np.array(heights, dtype=np.str_).astype(np.int32)[kind_of],
+        np.array(widths, dtype=np.str_).astype(np.int32)[kind_of],
+    )
+
+
+def _split_codes(splits: Sequence[str]) -> np.ndarray:
+    """Places in SPLITS, uint8; _LEFT_OUT for a row that is in none of them."""
+    code = {split: number for number, split in enumerate(SPLITS)}
+    return np.fromiter((code.get(split, _LEFT_OUT) for split in splits), dtype=np.uint8, count=len(splits))
 
 
 def write(
@@ -131,20 +182,26 @@ def write(
 
     `skipped` is read when the stream has ended, so the stream may add to it.
     """
+    hashed = hashlib.sha256()  # while the bytes are at hand, and not from the file
     with (folder / PICTURES).open("wb") as blob, (folder / MANIFEST).open("w", encoding="utf-8", newline="") as table:
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow(Row._fields)
         for row, picture in pictures:
             assert picture.shape == (row.height, row.width, channels), (row, picture.shape)
-            blob.write(np.ascontiguousarray(picture).tobytes())
+            pixels = np.ascontiguousarray(picture).data
+            blob.write(pixels)
+            hashed.update(pixels)
             writer.writerow(row)
-    meta = Meta(dataset, classes, px, channels, tuple(skipped), _digest(folder))
+    meta = Meta(
+        dataset, classes, px, channels, tuple(skipped), _together(_file_hash(folder / MANIFEST), hashed.digest())
+    )
     (folder / META).write_text(json.dumps(asdict(meta), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _digest(folder: Path) -> str:
-    whole = hashlib.sha256()
-    for name in (MANIFEST, PICTURES):
-        with (folder / name).open("rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
+def _file_hash(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _together(manifest: bytes, pictures: bytes) -> str:
+    return hashlib.sha256(manifest + pictures).hexdigest()

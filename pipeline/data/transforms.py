@@ -1,16 +1,32 @@
 """The catalogue of random transforms, offline (`augment.transforms`) and online (`train.transforms`).
 
-Each entry is a typed set of arguments that builds one albumentations transform; adding a transform is adding an entry.
-The table exists because albumentations only warns at an argument that it does not know. Every picture's randomness
-comes from a seed of its own, keyed by what it is for, so that neither workers nor epochs nor ranks repeat one another.
+Each entry is a typed set of arguments and the one way in which it is carried out; to add a transform, add an entry.
+Most work on all pictures of a batch at once; what has no such form goes through albumentations, picture by picture.
+Every picture's randomness comes from a key of its own (`pipeline/data/draws.py`), so that neither the batch that it is
+in nor workers or ranks make a difference, and no epoch repeats another.
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.data.draws import Draws, Keys
+from pipeline.data.pixels import (
+    Pixels,
+    brighter,
+    center_crops,
+    hue_turned,
+    mirrored,
+    more_contrast,
+    more_saturated,
+    together,
+    windows,
+)
 from pipeline.errors import ValueAtError, nearest
 
 if TYPE_CHECKING:
@@ -26,6 +42,10 @@ def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
 Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Strength = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+_TRIES = 10
+"""Of a random part to fit into the picture."""
 
 
 class Transform(BaseModel):
@@ -36,55 +56,100 @@ class Transform(BaseModel):
     p: Probability = 0.5
     """Probability that a picture is transformed."""
 
-    def build(self, px: int) -> "albumentations.BasicTransform | albumentations.BaseCompose":
-        """The albumentations transform for a net that sees squares of `px` pixels."""
+    def __call__(self, pictures: Pixels, draws: Draws, *, px: int) -> Pixels:
+        """Random versions for a net that sees squares of `px` pixels; an array that comes in may be overwritten."""
+        if isinstance(pictures, np.ndarray):
+            return self.batch(pictures, draws, px=px)
+        shapes: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, picture in enumerate(pictures):
+            shapes[picture.shape].append(index)
+        made = list(pictures)
+        for members in shapes.values():
+            versions = self.batch(np.stack([pictures[i] for i in members]), draws.of(np.array(members)), px=px)
+            for index, version in zip(members, versions, strict=True):
+                made[index] = version
+        return together(made)
+
+    def batch(self, pixels_BHWC: np.ndarray, draws: Draws, *, px: int) -> Pixels:
+        """The same for pictures of one shape, which it may overwrite."""
         raise NotImplementedError
+
+
+class ByAlbumentations(Transform):
+    """A transform of albumentations that keeps a picture's shape, carried out picture by picture."""
+
+    def build(self) -> "albumentations.BasicTransform":
+        """The transform, always carried out: which pictures it is for is drawn here."""
+        raise NotImplementedError
+
+    @cached_property
+    def built(self) -> "albumentations.BasicTransform":
+        """What `build` gave, made once."""
+        return self.build()
+
+    def __call__(self, pictures: Pixels, draws: Draws, *, px: int) -> Pixels:
+        chosen = draws.chosen(self.p)
+        seeds = draws.words(1)[0] >> np.uint64(32)
+        for index, seed in zip(chosen.tolist(), seeds[chosen].tolist(), strict=True):
+            self.built.set_random_seed(seed)
+            pictures[index] = self.built(image=pictures[index])["image"]
+        return pictures
 
 
 class HorizontalFlip(Transform):
     """Left and right swapped."""
 
-    def build(self, px: int) -> "albumentations.BasicTransform":
-        import albumentations as A
+    def batch(self, pixels_BHWC: np.ndarray, draws: Draws, *, px: int) -> Pixels:
+        import cv2
 
-        return A.HorizontalFlip(p=self.p)
+        chosen = draws.chosen(self.p)
+        if pixels_BHWC.shape[3] == 1:
+            pixels_BHWC[chosen] = pixels_BHWC[chosen][:, :, ::-1]
+        else:
+            # numpy reverses three bytes at a time, OpenCV a register
+            for index in chosen.tolist():
+                pixels_BHWC[index] = cv2.flip(pixels_BHWC[index], 1)
+        return pixels_BHWC
 
 
 class VerticalFlip(Transform):
     """Top and bottom swapped."""
 
-    def build(self, px: int) -> "albumentations.BasicTransform":
-        import albumentations as A
-
-        return A.VerticalFlip(p=self.p)
+    def batch(self, pixels_BHWC: np.ndarray, draws: Draws, *, px: int) -> Pixels:
+        chosen = draws.chosen(self.p)
+        pixels_BHWC[chosen] = pixels_BHWC[chosen][:, ::-1]
+        return pixels_BHWC
 
 
 class Shift(Transform):
-    """Moved by up to `limit` of the side in both directions; the border is mirrored."""
+    """Moved by whole pixels, each as likely, up to `limit` of the side in both directions; the border is mirrored."""
 
     limit: Share = 0.1
     """Largest shift, as a share of the side."""
     p: Probability = 1.0
 
-    def build(self, px: int) -> "albumentations.BasicTransform":
-        import albumentations as A
-        import cv2
+    def batch(self, pixels_BHWC: np.ndarray, draws: Draws, *, px: int) -> Pixels:
+        height, width = pixels_BHWC.shape[1:3]
+        # the mirror has no more than the picture without its edge
+        down, right = (min(int(self.limit * side), side - 1) for side in (height, width))
+        chosen, places = draws.chosen(self.p), draws.uniform(2)
+        tops, lefts = np.full(len(draws), down), np.full(len(draws), right)
+        tops[chosen] = places[0, chosen] * (2 * down + 1)
+        lefts[chosen] = places[1, chosen] * (2 * right + 1)
+        return windows(mirrored(pixels_BHWC, down, right), tops, lefts, (height, width))
 
-        by = {"x": (-self.limit, self.limit), "y": (-self.limit, self.limit)}
-        return A.Affine(translate_percent=by, border_mode=cv2.BORDER_REFLECT_101, p=self.p)
 
-
-class Rotate(Transform):
+class Rotate(ByAlbumentations):
     """Turned by up to `limit` degrees; the border is mirrored."""
 
     limit: Annotated[float, Field(gt=0, le=180)] = 15.0
     """Largest angle, degrees."""
 
-    def build(self, px: int) -> "albumentations.BasicTransform":
+    def build(self) -> "albumentations.BasicTransform":
         import albumentations as A
         import cv2
 
-        return A.Rotate(limit=(-self.limit, self.limit), border_mode=cv2.BORDER_REFLECT_101, p=self.p)
+        return A.Rotate(limit=(-self.limit, self.limit), border_mode=cv2.BORDER_REFLECT_101, p=1.0)
 
 
 class RandomResizedCrop(Transform):
@@ -92,17 +157,50 @@ class RandomResizedCrop(Transform):
 
     scale: Annotated[tuple[Share, Share], AfterValidator(_ascending)] = (0.35, 1.0)
     """Range of the part's area, as a share of the picture's."""
-    ratio: Annotated[tuple[float, float], AfterValidator(_ascending)] = (3 / 4, 4 / 3)
+    ratio: Annotated[tuple[Positive, Positive], AfterValidator(_ascending)] = (3 / 4, 4 / 3)
     """Range of the part's width over height."""
     p: Probability = 1.0
 
-    def build(self, px: int) -> "albumentations.BasicTransform":
-        import albumentations as A
+    def __call__(self, pictures: Pixels, draws: Draws, *, px: int) -> Pixels:
         import cv2
 
-        return A.RandomResizedCrop(
-            size=(px, px), scale=self.scale, ratio=self.ratio, interpolation=cv2.INTER_AREA, p=self.p
-        )
+        chosen = draws.chosen(self.p)
+        sides = np.array([picture.shape[:2] for picture in pictures])[chosen]
+        boxes = self.boxes(sides, draws.uniform(2 * _TRIES + 2)[:, chosen])
+        resized = np.empty((len(chosen), px, px, pictures[0].shape[2]), dtype=np.uint8)
+        for index, (top, left, height, width), out in zip(chosen.tolist(), boxes.tolist(), resized, strict=True):
+            part = pictures[index][top : top + height, left : left + width]
+            cv2.resize(part, (px, px), dst=out, interpolation=cv2.INTER_AREA)
+        if len(chosen) == len(pictures):
+            return resized
+        made = list(pictures)
+        for index, picture in zip(chosen.tolist(), resized, strict=True):
+            made[index] = picture
+        return together(made)
+
+    def boxes(self, sides: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+        """The parts, int64 [B, (top, left, height, width)], of pictures of those sides, int64 [B, (height, width)].
+
+        Area and ratio are drawn until the part fits, at most ten times; else it is the largest part in the middle of a
+        ratio within the range, as in torchvision and albumentations.
+
+        Args:
+            drawn: uniform numbers, [2 * 10 + 2, B].
+        """
+        heights, widths = sides.T
+        low, high = self.scale
+        areas = (low + (high - low) * drawn[:_TRIES]) * heights * widths
+        low, high = (math.log(ratio) for ratio in self.ratio)
+        ratios = np.exp(low + (high - low) * drawn[_TRIES : 2 * _TRIES])
+        wide, tall = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
+        fits = (wide > 0) & (wide <= widths) & (tall > 0) & (tall <= heights)
+        first, ever = np.argmax(fits, axis=0), fits.any(axis=0)
+        each = np.arange(len(sides))
+        tall = np.where(ever, tall[first, each], np.minimum(heights, np.rint(widths / self.ratio[0])))
+        wide = np.where(ever, wide[first, each], np.minimum(widths, np.rint(heights * self.ratio[1])))
+        places = np.where(ever, drawn[2 * _TRIES :], 0.5)
+        tops, lefts = places[0] * (heights - tall + 1), places[1] * (widths - wide + 1)
+        return np.stack([tops, lefts, tall, wide], axis=1).astype(np.int64)
 
 
 class RandomCrop(Transform):
@@ -112,16 +210,23 @@ class RandomCrop(Transform):
     """Pixels added on each side first."""
     p: Probability = 1.0
 
-    def build(self, px: int) -> "albumentations.BaseCompose":
-        import albumentations as A
-        import cv2
-
-        pad = A.Pad(padding=self.padding, border_mode=cv2.BORDER_REFLECT_101, p=1.0)
-        return A.Sequential([pad, A.RandomCrop(height=px, width=px, p=1.0)], p=self.p)
+    def batch(self, pixels_BHWC: np.ndarray, draws: Draws, *, px: int) -> Pixels:
+        chosen, places = draws.chosen(self.p), draws.uniform(2)
+        padded = mirrored(pixels_BHWC[chosen], self.padding, self.padding)
+        height, width = padded.shape[1:3]
+        tops = (places[0, chosen] * (height - px + 1)).astype(np.int64)
+        lefts = (places[1, chosen] * (width - px + 1)).astype(np.int64)
+        crops = windows(padded, tops, lefts, (px, px))
+        if len(chosen) == len(pixels_BHWC):
+            return crops
+        made = list(pixels_BHWC)
+        for index, crop in zip(chosen.tolist(), crops, strict=True):
+            made[index] = crop
+        return together(made)
 
 
 class ColorJitter(Transform):
-    """Brightness, contrast, saturation and hue changed at random."""
+    """Brightness, contrast, saturation and hue changed at random, in random order."""
 
     brightness: Strength = 0.2
     """Largest relative change of brightness."""
@@ -132,23 +237,31 @@ class ColorJitter(Transform):
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Largest shift of hue, as a share of the colour circle (colour pictures)."""
 
-    def build(self, px: int) -> "albumentations.BasicTransform":
-        import albumentations as A
+    def batch(self, pixels_BHWC: np.ndarray, draws: Draws, *, px: int) -> Pixels:
+        limits = np.array([self.brightness, self.contrast, self.saturation, self.hue])
+        chosen, drawn, ranks = draws.chosen(self.p), draws.uniform(4), draws.uniform(4)
+        changes = (limits[:, None] * (2 * drawn - 1))[:, chosen].T.tolist()
+        orders = np.argsort(ranks, axis=0)[:, chosen].T.tolist()
+        changers, colour = (brighter, more_contrast, more_saturated, hue_turned), pixels_BHWC.shape[3] == 3
+        for index, amounts, order in zip(chosen.tolist(), changes, orders, strict=True):
+            picture = pixels_BHWC[index]
+            for number in order:
+                if limits[number] and (colour or number < 2):
+                    picture = changers[number](picture, amounts[number])
+            pixels_BHWC[index] = picture
+        return pixels_BHWC
 
-        ranges = [(1 - s, 1 + s) for s in (self.brightness, self.contrast, self.saturation)]
-        return A.ColorJitter(*ranges, hue=(-self.hue, self.hue), p=self.p)
 
-
-class GaussianBlur(Transform):
+class GaussianBlur(ByAlbumentations):
     """Blurred by a Gaussian."""
 
     sigma: Annotated[tuple[float, float], AfterValidator(_ascending)] = (0.1, 2.0)
     """Range of the standard deviation, pixels."""
 
-    def build(self, px: int) -> "albumentations.BasicTransform":
+    def build(self) -> "albumentations.BasicTransform":
         import albumentations as A
 
-        return A.GaussianBlur(blur_limit=0, sigma_limit=self.sigma, p=self.p)
+        return A.GaussianBlur(blur_limit=0, sigma_limit=self.sigma, p=1.0)
 
 
 class GaussianNoise(Transform):
@@ -157,10 +270,18 @@ class GaussianNoise(Transform):
     std: Annotated[tuple[Strength, Strength], AfterValidator(_ascending)] = (0.02, 0.1)
     """Range of the standard deviation, as a share of the full scale."""
 
-    def build(self, px: int) -> "albumentations.BasicTransform":
-        import albumentations as A
+    def batch(self, pixels_BHWC: np.ndarray, draws: Draws, *, px: int) -> Pixels:
+        import cv2
 
-        return A.GaussNoise(std_range=self.std, p=self.p)
+        chosen, strength, words = draws.chosen(self.p), draws.uniform(1)[0], draws.words(1)[0]
+        stds = 255 * (self.std[0] + (self.std[1] - self.std[0]) * strength)
+        num, height = pixels_BHWC.shape[:2]
+        rows_BHR = pixels_BHWC.reshape(num, height, -1)
+        for index, std, word in zip(chosen.tolist(), stds[chosen].tolist(), words[chosen].tolist(), strict=True):
+            # a counter-based generator (Salmon et al. 2011), whose key costs nothing to set
+            noise = np.random.Generator(np.random.Philox(key=word)).standard_normal(rows_BHR.shape[1:], np.float32)
+            rows_BHR[index] = cv2.add(rows_BHR[index], noise * np.float32(std), dtype=cv2.CV_8U)
+        return pixels_BHWC
 
 
 class RandomErasing(Transform):
@@ -169,10 +290,25 @@ class RandomErasing(Transform):
     scale: Annotated[tuple[Share, Share], AfterValidator(_ascending)] = (0.02, 0.2)
     """Range of the rectangle's area, as a share of the picture's."""
 
-    def build(self, px: int) -> "albumentations.BasicTransform":
-        import albumentations as A
+    def batch(self, pixels_BHWC: np.ndarray, draws: Draws, *, px: int) -> Pixels:
+        chosen, drawn = draws.chosen(self.p), draws.uniform(4)
+        height, width = pixels_BHWC.shape[1:3]
+        areas = (self.scale[0] + (self.scale[1] - self.scale[0]) * drawn[0]) * height * width
+        # width over height is 0.3 to 3.3, or as near to that as the area fits into the picture
+        low, high = areas / height**2, width**2 / areas
+        low, high = np.clip(_ERASED[0], low, high), np.clip(_ERASED[1], low, high)
+        ratios = low + (high - low) * drawn[1]
+        tall, wide = (np.rint(np.sqrt(side)).astype(np.int64) for side in (areas / ratios, areas * ratios))
+        tops = (drawn[2] * (height - tall + 1)).astype(np.int64)
+        lefts = (drawn[3] * (width - wide + 1)).astype(np.int64)
+        boxes = np.stack([tops, tops + tall, lefts, lefts + wide])[:, chosen].T.tolist()
+        for index, (top, bottom, left, right) in zip(chosen.tolist(), boxes, strict=True):
+            pixels_BHWC[index, top:bottom, left:right] = 0
+        return pixels_BHWC
 
-        return A.Erasing(scale=self.scale, p=self.p)
+
+_ERASED = (0.3, 3.3)
+"""Range of an erased rectangle's width over its height."""
 
 
 TRANSFORMS: dict[str, type[Transform]] = {
@@ -232,35 +368,16 @@ class Augmenter:
     """
 
     def __init__(self, chosen: Mapping[str, Mapping[str, Any]], *, px: int, square: bool = True) -> None:
-        import albumentations as A
+        self._steps = {name: _parse(name, arguments) for name, arguments in chosen.items()}
+        self._px, self._square = px, square
 
-        steps = [_parse(name, arguments).build(px) for name, arguments in chosen.items()]
-        if square:
-            steps.append(A.CenterCrop(height=px, width=px, p=1.0))
-        self._compose = A.Compose(steps)
+    def __call__(self, pictures: Pixels, *, keys: Keys) -> Pixels:
+        """A random version of each picture: the same key gives the same version, bit by bit, whatever the batch.
 
-    def __call__(self, picture: np.ndarray, *, seed: tuple[int, ...]) -> np.ndarray:
-        """A random version of one picture, uint8 [H, W, C]: the same seed gives the same version, bit by bit."""
-        self._compose.set_random_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-        result: np.ndarray = self._compose(image=picture)["image"]
-        return result
-
-
-def center_crop(picture: np.ndarray, px: int) -> np.ndarray:
-    """The middle square of `px` pixels of a picture [H, W, C] whose sides are at least that: no randomness."""
-    height, width = picture.shape[:2]
-    top, left = (height - px) // 2, (width - px) // 2
-    assert top >= 0
-    assert left >= 0
-    return picture[top : top + px, left : left + px]
-
-
-def to_channels(picture: np.ndarray, in_chans: int) -> np.ndarray:
-    """A picture [H, W, 1 or 3] with the channels that the net sees: grey is repeated, colour becomes luma (BT.601)."""
-    if picture.shape[2] == in_chans:
-        return picture
-    if in_chans == 3:
-        return np.repeat(picture, 3, axis=2)
-    luma = picture @ np.array([0.299, 0.587, 0.114])
-    grey: np.ndarray = np.rint(luma).astype(np.uint8)[:, :, None]
-    return grey
+        Args:
+            pictures: an array may be overwritten, the pictures in a list stay as they are.
+            keys: of the pictures, uint64 [B] (`draws.keys`).
+        """
+        for name, step in self._steps.items():
+            pictures = step(pictures, Draws(keys, name), px=self._px)
+        return center_crops(pictures, self._px) if self._square else pictures

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pipeline import paths
-from pipeline.data import transforms
+from pipeline.data import transforms, workers
 from pipeline.data.datamodule import Pictures
 from pipeline.data.features import CachedPictures, FeatureCache
 from pipeline.data.store import Store
@@ -190,7 +190,12 @@ class _Work:
         size = max(1, self._phase.batch_size // self._phase.accumulate)
         pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
         batches = [[(int(row) // len(self._store), int(row) % len(self._store)) for row in piece] for piece in pieces]
-        loader = DataLoader(pictures, sampler=batches, batch_size=None, num_workers=params.workers)
+        count = params.workers
+        if count == "auto":
+            count = workers.auto(
+                lambda: pictures[batches[0]], batches=len(batches), processes=1, accelerated=self._device.type != "cpu"
+            )
+        loader = DataLoader(pictures, sampler=batches, batch_size=None, num_workers=count)
         memory_format = torch.channels_last if params.channels_last else torch.contiguous_format
         reduced = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(params.precision)
         for piece, (pixels, _) in zip(pieces, loader, strict=True):

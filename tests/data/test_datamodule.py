@@ -1,13 +1,14 @@
 """Batches: no augmentation repeats, and neither workers nor ranks change what a picture looks like."""
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline.data import datamodule, store
+from pipeline.data import datamodule, pixels, store
 from pipeline.data.datamodule import Batches, PictureData
 from pipeline.data.store import Row, Store
 
@@ -26,7 +27,7 @@ def packed(tmp_path: Path) -> Store:
     return Store(tmp_path)
 
 
-def _data(packed: Store, *, workers: int = 0, first_epoch: int = 0) -> PictureData:
+def _data(packed: Store, *, workers: int | str = 0, first_epoch: int = 0) -> PictureData:
     return PictureData(
         packed,
         px=PX,
@@ -52,6 +53,36 @@ def test_a_batch_is_what_the_net_takes(packed: Store) -> None:
     assert [len(batch) for batch in _epoch(_data(packed), 0)] == [6, 6, 4]
 
 
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_a_batch_is_its_pictures_whether_their_shapes_are_alike_or_not(tmp_path: Path, in_chans: int) -> None:
+    rng = np.random.default_rng(0)
+    for name, shapes in {"alike": [(12, 10)] * 9, "photographs": [(10 + i % 4, 10 + i) for i in range(9)]}.items():
+        for channels in (1, 3):
+            folder = tmp_path / f"{name}{channels}"
+            folder.mkdir()
+            made = [rng.integers(0, 256, (*shape, channels), dtype=np.uint8) for shape in shapes]
+            rows = (Row(f"{i}", "val", i, 0, *picture.shape[:2]) for i, picture in enumerate(made))
+            about = {"dataset": "tiny", "classes": tuple("abcdefghi"), "px": 10, "channels": channels, "skipped": []}
+            store.write(folder, zip(rows, made, strict=True), **about)
+            chosen = [7, 0, 3, 3]
+            batch, labels = datamodule.Pictures(Store(folder), px=PX, in_chans=in_chans)[[(0, i) for i in chosen]]
+            assert labels.tolist() == chosen
+            assert batch.shape == (4, in_chans, PX, PX)
+            assert batch.is_contiguous(memory_format=torch.channels_last)
+            for index, pixels_chw in zip(chosen, batch, strict=True):
+                whole = pixels.center_crop(pixels.to_channels(made[index], in_chans), PX)
+                assert np.array_equal(pixels_chw.permute(1, 2, 0), whole)
+
+
+def test_a_picture_looks_the_same_in_any_batch(packed: Store) -> None:
+    chain = {"random_resized_crop": {}, "shift": {}, "rotate": {}, "horizontal_flip": {}, "gaussian_noise": {}}
+    pictures = datamodule.Pictures(packed, px=PX, in_chans=3, seed=4, chosen=chain)
+    whole = pictures[[(epoch, index) for epoch in (0, 5) for index in range(16)]][0]
+    for at in (0, 3, 17, 31):
+        assert torch.equal(pictures[[(7, 2), (5 * (at // 16), at % 16)]][0][1], whole[at])
+    assert len({picture.numpy().tobytes() for picture in whole}) == 32
+
+
 def test_no_augmentation_repeats_within_or_across_epochs(packed: Store) -> None:
     data = _data(packed)
     seen = [picture.numpy().tobytes() for epoch in range(3) for batch in _epoch(data, epoch) for picture in batch]
@@ -63,6 +94,25 @@ def test_no_augmentation_repeats_within_or_across_epochs(packed: Store) -> None:
 def test_workers_change_nothing(packed: Store, workers: int) -> None:
     alone, helped = _epoch(_data(packed), 1), _epoch(_data(packed, workers=workers), 1)
     assert all(torch.equal(one, two) for one, two in zip(alone, helped, strict=True))
+
+
+def test_auto_decides_by_one_of_the_batches_and_moves_nothing_on(
+    packed: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def auto(make: Callable[[], datamodule.Batch], **of: object) -> int:
+        asked.append((make()[0], of))
+        return 1
+
+    monkeypatch.setattr(datamodule.workers, "auto", auto)
+    loader = _data(packed, workers="auto").train_dataloader()
+    assert loader.num_workers == 1
+    loader.sampler.set_epoch(1)
+    assert all(torch.equal(one, two) for (one, _), two in zip(loader, _epoch(_data(packed), 1), strict=True))
+    ((batch, of),) = asked
+    assert torch.equal(batch, _epoch(_data(packed), 0)[0])
+    assert of == {"batches": 3, "processes": 1, "accelerated": False}
 
 
 def test_a_later_phase_goes_on_where_the_earlier_one_stopped(packed: Store) -> None:
@@ -83,8 +133,8 @@ def test_the_ranks_batches_together_are_the_whole_batch(world: int) -> None:
     whole = list(Batches(indices, batch_size=6, seed=3, shuffle=True))
     slices = [list(Batches(indices, batch_size=6, seed=3, shuffle=True, rank=r, world=world)) for r in range(world)]
     for number, batch in enumerate(whole):
-        together = [pair for rank in range(world) for pair in slices[rank][number]]
-        assert together[: len(batch)] == batch
+        together = np.concatenate([slices[rank][number] for rank in range(world)])
+        assert np.array_equal(together[: len(batch)], batch)
         assert len({len(slices[rank][number]) for rank in range(world)}) == 1
     assert sorted(index for batch in whole for _, index in batch) == list(indices)
 
@@ -98,7 +148,7 @@ def test_the_parts_of_a_batch_together_are_the_batch(world: int) -> None:
     ]
     for number, batch in enumerate(whole):
         pieces = [part for parts in ranks for part in parts[3 * number : 3 * number + 3]]
-        assert [pair for piece in pieces for pair in piece][: len(batch)] == batch
+        assert np.array_equal(np.concatenate(pieces)[: len(batch)], batch)
         assert len({len(piece) for piece in pieces}) == 1  # so the mean of their means is the batch's mean
 
 
@@ -125,7 +175,8 @@ def test_balanced_batches_of_the_ranks_together_are_the_whole_batch() -> None:
     args = {"batch_size": 6, "seed": 3, "shuffle": True, "labels": labels}
     whole = list(Batches(np.arange(36), **args))
     slices = [list(Batches(np.arange(36), **args, rank=rank, world=2)) for rank in range(2)]
-    assert whole == [slices[0][n] + slices[1][n] for n in range(len(whole))]
+    for number, batch in enumerate(whole):
+        assert np.array_equal(np.concatenate([ranks[number] for ranks in slices]), batch)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -164,8 +215,8 @@ def test_strength_multiplies_the_rate_of_augmentation(packed: Store) -> None:
         for epoch in range(25):
             loader.sampler.set_epoch(epoch)
             order = [index for batch in loader.sampler for _, index in batch]
-            for pixels, _ in loader:
-                flags += [not np.array_equal(p.permute(1, 2, 0), packed[i]) for p, i in zip(pixels, order, strict=True)]
+            for batch, _ in loader:
+                flags += [not np.array_equal(p.permute(1, 2, 0), packed[i]) for p, i in zip(batch, order, strict=True)]
         return float(np.mean(flags))
 
     assert changed(0.0) == 0.0

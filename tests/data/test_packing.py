@@ -1,5 +1,6 @@
 """Pictures as published become the packed store: nothing is left out unsaid, and only training pictures have copies."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 
 from pipeline.data import packing
 from pipeline.data.catalog import Item, Pictures
-from pipeline.data.store import Store
+from pipeline.data.store import Row, Store
 from pipeline.errors import UserError
 from pipeline.parameters import AugmentParams
 
@@ -90,10 +91,61 @@ def test_grey_stays_one_channel_where_every_picture_is_grey(tmp_path: Path, chan
     assert np.array_equal(store[0][..., 0], store[0][..., -1])
 
 
-def test_a_large_dataset_is_decoded_window_by_window_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = _pack(tmp_path / "whole", _pictures())
-    monkeypatch.setattr(packing, "WINDOW", 7)
-    assert _pack(tmp_path / "windows", _pictures()).meta.sha256 == whole.meta.sha256
+CHAIN = {"rotate": {}, "gaussian_blur": {"p": 1.0}, "shift": {}, "gaussian_noise": {}}
+"""Two transforms that go through albumentations, and two that do not."""
+
+
+@pytest.mark.parametrize(("num", "ahead", "together"), [(1, 1, 8), (2, 1, 1), (5, 3, 2)])
+def test_the_number_of_threads_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num: int, ahead: int, together: int
+) -> None:
+    chosen = {"copies": 3, "transforms": CHAIN, "skip_unreadable": True}
+    whole = _pack(tmp_path / "whole", _pictures(broken=True), **chosen)
+    monkeypatch.setattr(packing, "cores", lambda: num)
+    monkeypatch.setattr(packing, "AHEAD", ahead)
+    monkeypatch.setattr(packing, "TOGETHER", together)
+    again = _pack(tmp_path / "again", _pictures(broken=True), **chosen)
+    assert again.meta.sha256 == whole.meta.sha256
+    assert [row.copy for row in again.rows if row.split == "train"] == [0, 1, 2, 3] * (again.counts()["train"] // 4)
+
+
+def test_a_large_dataset_is_begun_no_further_ahead_than_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures, begun, farthest = _pictures(), [], []
+
+    def load(index: int) -> np.ndarray:
+        begun.append(index)
+        return pictures.load(index)
+
+    row = packing._row
+
+    def written(item: Item, *rest: Any) -> Row:
+        farthest.append(len(begun) - int(item.key))
+        return row(item, *rest)
+
+    monkeypatch.setattr(packing, "cores", lambda: 2)
+    monkeypatch.setattr(packing, "AHEAD", 3)
+    monkeypatch.setattr(packing, "_row", written)
+    _pack(tmp_path / "store", replace(pictures, load=load))
+    assert len(farthest) == 40
+    assert max(farthest) <= 2 * 3 + 1
+
+
+def test_a_mistake_in_a_thread_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures, begun = _pictures(), []
+
+    def load(index: int) -> np.ndarray:
+        begun.append(index)
+        if index == 3:
+            raise KeyboardInterrupt
+        return pictures.load(index)
+
+    monkeypatch.setattr(packing, "cores", lambda: 2)
+    monkeypatch.setattr(packing, "AHEAD", 2)
+    threads = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        _pack(tmp_path / "store", replace(pictures, load=load))
+    assert threading.active_count() == threads
+    assert len(begun) < 40
 
 
 def test_groups_stay_on_one_side_and_are_noted_with_their_pictures_and_copies(tmp_path: Path) -> None:

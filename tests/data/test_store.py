@@ -1,6 +1,7 @@
 """The packed store gives back what was packed, and notices damage."""
 
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,32 @@ def test_pictures_of_different_sizes_come_back_bit_by_bit(packed: Path) -> None:
     assert opened.counts() == {"train": 1, "val": 1, "test": 1}
     assert opened.indices("test").tolist() == [2]
     opened.verify()
+
+
+def test_a_batch_is_a_copy_where_the_shapes_are_alike_else_views(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, shapes in {"alike": [(8, 9)] * 4, "photographs": SIZES}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        made = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+        rows = (Row(f"{i}", "train", 0, 0, *shape) for i, shape in enumerate(shapes))
+        store.write(folder, zip(rows, made, strict=True), dataset="tiny", classes=("a",), px=8, channels=3, skipped=[])
+        batch = Store(folder).gather(np.array([2, 0, 2]))
+        assert isinstance(batch, np.ndarray) == (name == "alike")
+        for index, picture in zip([2, 0, 2], batch, strict=True):
+            assert np.array_equal(picture, made[index])
+
+
+def test_a_store_keeps_no_object_per_picture(tmp_path: Path) -> None:
+    """Some 25 bytes of arrays for each of 20,000 pictures; a row of the manifest as a tuple takes 300."""
+    rows = ((Row(f"train/{i:06d}.jpg", "train", i % 10, 0, 1, 1), np.zeros((1, 1, 1), np.uint8)) for i in range(20_000))
+    store.write(tmp_path, rows, dataset="tiny", classes=tuple("abcdefghij"), px=8, channels=1, skipped=[])
+    Store(tmp_path)
+    tracemalloc.start()
+    opened = Store(tmp_path)
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert kept / len(opened) < 40
 
 
 def test_a_changed_bit_is_noticed(packed: Path) -> None:
