@@ -177,7 +177,7 @@ def _trainer(params: TrainParams, phase: Phase, *, epochs: int, callbacks: list[
             limit_val_batches=1 if params.fast_dev_run else None,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
-            log_every_n_steps=1,
+            log_every_n_steps=0,  # the Recorder logs; Lightning would work out its metrics at every step
             logger=False,
             enable_progress_bar=Console().is_terminal,
             enable_model_summary=False,
