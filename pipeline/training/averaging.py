@@ -35,7 +35,7 @@ class Average(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self._kind, self._decay = kind, decay
         self._updates = 0
-        self.register_load_state_dict_post_hook(_recount)
+        self.register_load_state_dict_post_hook(_recount)  # type: ignore[no-untyped-call]
         self.eval()
 
     @property

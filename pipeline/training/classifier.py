@@ -66,6 +66,7 @@ class Classifier(L.LightningModule):
         """Of the optimiser's groups, where they were looked for; else the phase's."""
         self.alone = False
         """Whether a checkpoint is being written by this rank while the others may be elsewhere."""
+        self.precision = params.precision
         self.normalize = Normalize(mean, std)
         self.objective = Objective(
             loss=params.loss,

@@ -6,7 +6,7 @@ The train stage is one job; cross-validation and tuning are several.
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -27,12 +27,13 @@ from pipeline.errors import UserError, blaming
 from pipeline.files import fresh_folder
 from pipeline.outbox import warn
 from pipeline.parameters import Config, operational
-from pipeline.training import finder, objective, optim, schedule, weights
+from pipeline.training import finder, objective, optim, schedule, tuning, weights
 from pipeline.training.checkpoints import load_weights
 from pipeline.training.classifier import Classifier
 from pipeline.training.distillation import Teacher
 from pipeline.training.fit import Log, fit, rank
 from pipeline.training.pretrained import Origin
+from pipeline.training.profiling import TRACE
 from pipeline.training.progress import Outcome, Progress
 from pipeline.training.record import PhaseRecord, Record
 from pipeline.training.schedule import Phase
@@ -136,6 +137,10 @@ def _lead(job: Job, net: nn.Module, card: ModelCard, phases: list[Phase], origin
 
         pictures = len(job.store.indices("train"))
         print(schedule_view.text(phases, net, pictures=pictures))
+        train = tuning.tuned(job.config, job.store, net, card, phases=phases, progress=progress)
+        if progress.tuned:
+            tracked.set_tags({f"auto_tune.{key}": str(value) for key, value in progress.tuned["choice"].items()})
+            job = replace(job, config=job.config.model_copy(update={"train": train}))
         outcomes = _train(job, net, card, phases, progress, log=log)
         rows = _write(job, net, card, phases, outcomes, progress, run=tracked)
     progress.clear()
@@ -302,9 +307,12 @@ def _write(
         if config.train.gradient_norms:
             gradients = pd.DataFrame([row for o in outcomes for row in o.gradients])
             metrics.write_csv(gradients, folder / "gradients.csv")
+        if progress.tuned:
+            metrics.write_csv(pd.DataFrame(progress.tuned["table"]), folder / "auto_tune.csv")
         for phase in phases:
-            if (drawn := progress.phase_folder(phase.name) / SWEEPS).exists():
-                shutil.copyfile(drawn, folder / f"lr_find_{phase.name}.png")
+            for name, kept in ((SWEEPS, f"lr_find_{phase.name}.png"), (TRACE, f"trace_{phase.name}.json.gz")):
+                if (made := progress.phase_folder(phase.name) / name).exists():
+                    shutil.copyfile(made, folder / kept)
         pixels = _first_batch(config, job.store, card, folder / "first_batch.png")
         for path in sorted(folder.iterdir()):
             if path.name not in ("last.ckpt", "record.json"):
