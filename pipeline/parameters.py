@@ -291,14 +291,6 @@ class Config(Params):
             )
         return self
 
-    @model_validator(mode="after")
-    def _one_process_is_tuned(self) -> "Config":
-        if self.train.auto_tune and (self.train.devices != 1 or self.train.num_nodes != 1):
-            raise ValueAtError(
-                "tries one process; use it with train.devices 1, train.num_nodes 1", "train", "auto_tune"
-            )
-        return self
-
     @property
     def px(self) -> int:
         """Side of the square that the net sees, in pixels."""

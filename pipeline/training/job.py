@@ -149,6 +149,7 @@ def _lead(job: Job, net: nn.Module, card: ModelCard, phases: list[Phase], origin
 
 def _check(phases: list[Phase], net: nn.Module, config: Config) -> None:
     """Refuses what the net does not take, before anything is begun."""
+    tuning.check(config.train)
     for phase in phases:
         with blaming("model.name"):
             nets.check_px(net, phase.px, name=config.model.name)

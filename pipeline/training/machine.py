@@ -15,7 +15,7 @@ def cores() -> int:
     """Cores that this process may use: its affinity, or the quota of its container where that is less."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     told = OWN_CGROUPS.read_text(encoding="utf-8") if OWN_CGROUPS.exists() else ""
-    return max(1, min(here, math.ceil(quota(told, root=CGROUPS))))
+    return max(1, math.ceil(min(here, quota(told, root=CGROUPS))))
 
 
 def quota(told: str, *, root: Path) -> float:

@@ -13,7 +13,7 @@ from pipeline.files import fresh_file
 
 TRACE = "trace.json.gz"
 WAIT, WARM, ACTIVE = 2, 2, 5
-"""Steps that a trace leaves out, throws away, and keeps; fewer in a shorter phase."""
+"""Steps that a trace leaves out, throws away, and keeps; a shorter phase is traced as a whole."""
 
 
 class DataWait(Profiler):
@@ -48,9 +48,8 @@ class Trace(L.Callback):
 
     def __init__(self, path: Path, *, batches: int) -> None:
         self._path = path
-        self._active = min(ACTIVE, batches)
-        self._warm = min(WARM, batches - self._active)
-        self._wait = min(WAIT, batches - self._active - self._warm)
+        long = batches >= WAIT + WARM + ACTIVE
+        self._steps = schedule(wait=WAIT, warmup=WARM, active=ACTIVE, repeat=1) if long else None
         self._profile: profile | None = None
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:  # noqa: ARG002, Lightning's signature
@@ -59,7 +58,7 @@ class Trace(L.Callback):
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
         self._profile = profile(
             activities=activities,
-            schedule=schedule(wait=self._wait, warmup=self._warm, active=self._active, repeat=1),
+            schedule=self._steps,
             on_trace_ready=self._write,
         )
         self._profile.start()

@@ -26,6 +26,7 @@ from torch import nn
 from pipeline import paths
 from pipeline.data.datamodule import Batch, PictureData
 from pipeline.data.store import Store
+from pipeline.errors import UserError
 from pipeline.files import fresh_file
 from pipeline.parameters import Config, ModelParams, TrainParams
 from pipeline.training import machine, optim, schedule
@@ -89,6 +90,17 @@ class Pace(NamedTuple):
 
     first: float
     step: float
+
+
+def check(params: TrainParams) -> None:
+    """Refuses what a trial in one process says nothing about.
+
+    Raises:
+        UserError: several processes are to train.
+    """
+    if params.auto_tune and (params.devices != 1 or params.num_nodes != 1):
+        message = "tries one process; use it with train.devices 1 and train.num_nodes 1, or set what it found by hand"
+        raise UserError(message, parameter="train.auto_tune")
 
 
 def tuned(
@@ -201,7 +213,7 @@ def fastest(steps: Mapping[Option, float]) -> Option:
 def has_bf16(device: torch.device) -> bool:
     """Whether a device computes bf16 by itself: AVX-512 BF16 or AMX, or a GPU's units."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
