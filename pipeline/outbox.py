@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -66,13 +67,15 @@ class Spool:
     """One run's metric points in an append-only file of JSON lines.
 
     The first line names the run; each other one is a point, or the number of points acknowledged so far. A file of
-    another run is begun anew. A line that a kill cut short is skipped.
+    another run is begun anew. A line that a kill cut short is skipped. Points may be added by one thread while another
+    acknowledges earlier ones.
     """
 
     def __init__(self, path: Path, *, run_id: str) -> None:
         self.path = path
         self.waiting: list[Point] = []
         """Points not yet acknowledged, oldest first."""
+        self._lock = threading.Lock()
         self._sent = 0
         self._known: set[tuple[int, frozenset[str]]] = set()
         lines = _lines(path)
@@ -88,9 +91,10 @@ class Spool:
 
     def add(self, point: Point) -> None:
         """Keeps a point until it is acknowledged."""
-        self._append(json.dumps({"point": point}))
-        self._known.add((point.step, frozenset(point.metrics)))
-        self.waiting.append(point)
+        with self._lock:
+            self._append(json.dumps({"point": point}))
+            self._known.add((point.step, frozenset(point.metrics)))
+            self.waiting.append(point)
 
     def knows(self, step: int, names: Iterable[str]) -> bool:
         """Whether a point of this step and these names has been added, by this process or one before."""
@@ -98,9 +102,10 @@ class Spool:
 
     def acknowledge(self, count: int) -> None:
         """The first `count` points that wait have arrived."""
-        self._sent += count
-        self._append(json.dumps({"sent": self._sent}))
-        del self.waiting[:count]
+        with self._lock:
+            self._sent += count
+            self._append(json.dumps({"sent": self._sent}))
+            del self.waiting[:count]
 
     def _append(self, line: str) -> None:
         with self.path.open("a", encoding="utf-8") as file:

@@ -231,6 +231,10 @@ class TrainParams(Params):
     """One batch of everything, to see that it runs. The figures then mean nothing, and say so."""
     gradient_norms: bool = False
     """Note each layer's gradient norm once an epoch, in models/NET/train/gradients.csv."""
+    auto_tune: bool = False
+    """Choose precision, channels_last, compile and workers by a short trial, and keep to the choice in later runs."""
+    profile: Annotated[bool, Operational] = False
+    """Trace a few steps of each phase, as models/NET/train/trace_PHASE.json.gz."""
     checkpoint_every: Annotated[int, Field(ge=1), Operational] = 100
     """Optimiser steps between two checkpoints; each epoch's end and a stop's signal make one as well."""
     accelerator: Annotated[Literal["auto", "cpu", "gpu", "mps"], Operational] = "auto"

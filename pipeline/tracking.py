@@ -12,7 +12,8 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -107,9 +108,10 @@ def ending(run: "Run") -> Iterator[None]:
 class Run:
     """An MLflow run. Only `start` and `resume` can fail for want of the store; nothing after them stops training.
 
-    Metric points that the store has not taken wait in the spool, for `finish` or for the next `resume` with the same
-    spool. Params, tags, artifacts and the model wait in memory for `finish`, which names what could not be sent. The
-    tag `minutes` adds up the time between `start` or `resume` and `finish`.
+    Metric points are sent by a thread beside training. Those that the store has not taken wait in the spool, for
+    `finish` or for the next `resume` with the same spool. Params, tags, artifacts and the model wait in memory for
+    `finish`, which names what could not be sent. The tag `minutes` adds up the time between `start` or `resume` and
+    `finish`.
     """
 
     def __init__(self, client: "MlflowClient", run: "mlflow_entities.Run", *, spool: Path) -> None:
@@ -124,6 +126,8 @@ class Run:
         self._spool = Spool(spool, run_id=self.id)
         self._outbox = Outbox(f"MLflow at {self._uri}", failures=_failures())
         self._next_send = 0.0
+        self._sender = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tracking")
+        self._sending: Future[None] | None = None
         self._monitor: SystemMetricsMonitor | None = None
 
     @classmethod
@@ -173,14 +177,14 @@ class Run:
         new = {key: str(value)[:MAX_PARAM_VAL_LENGTH] for key, value in params.items() if key not in self._params}
         self._params |= set(new)
         entries = [Param(key, value) for key, value in new.items()]
-        self._outbox.do("params", partial(self._client.log_batch, self.id, params=entries))
+        self._do("params", partial(self._client.log_batch, self.id, params=entries))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Tags, in place of those of the same name."""
         from mlflow.entities import RunTag
 
         entries = [RunTag(key, value) for key, value in tags.items()]
-        self._outbox.do("tags", partial(self._client.log_batch, self.id, tags=entries))
+        self._do("tags", partial(self._client.log_batch, self.id, tags=entries))
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int, once: bool = False) -> None:
         """Metrics of one step, stamped with the present; names as `test/top1`, since MLflow strips `@`.
@@ -191,17 +195,20 @@ class Run:
         if once and self._spool.knows(step, metrics):
             return
         self._spool.add(Point(int(time.time() * 1000), step, {name: float(value) for name, value in metrics.items()}))
+        if self._sending is not None and not self._sending.done():
+            return  # the one on its way takes this point, or the next one does
         if not self._outbox.rests and time.monotonic() >= self._next_send:
-            self._send()
+            self._settle()
+            self._sending = self._sender.submit(self._send)
 
     def log_artifact(self, path: Path, *, folder: str = "") -> None:
         """A file or folder, under `folder` of the run's artifacts."""
         assert path.exists()
-        self._outbox.do(f"artifact {path}", partial(self._client.log_artifact, self.id, str(path), folder or None))
+        self._do(f"artifact {path}", partial(self._client.log_artifact, self.id, str(path), folder or None))
 
     def log_text(self, text: str, *, name: str) -> None:
         """A text as the artifact `name`."""
-        self._outbox.do(f"artifact {name}", partial(self._client.log_text, self.id, text, name))
+        self._do(f"artifact {name}", partial(self._client.log_text, self.id, text, name))
 
     def log_model(self, net: "torch.nn.Module", *, example: "torch.Tensor", classes: Sequence[str]) -> None:
         """The net as an exported graph (pt2), which loads without this project's code and takes any batch size.
@@ -215,14 +222,14 @@ class Run:
         # A copy: the device, mode and memory format of training stay, and a later retry logs the net of now.
         frozen = copy.deepcopy(net).to("cpu").to(memory_format=torch.contiguous_format).eval()
         pictures = example.detach().cpu().contiguous()
-        self._outbox.do("the model", partial(self._upload_model, frozen, pictures, list(classes)))
+        self._do("the model", partial(self._upload_model, frozen, pictures, list(classes)))
 
     def include(self, run_id: str, *, name: str, metrics: Mapping[str, float]) -> None:
         """Shows a run of another parent under this one: as a child that names it (tag copy_of) and has its metrics.
 
         A result out of DVC's cache was made by an earlier run, and MLflow gives a run one parent.
         """
-        self._outbox.do(f"child {name}", partial(self._include, run_id, name, dict(metrics)))
+        self._do(f"child {name}", partial(self._include, run_id, name, dict(metrics)))
 
     def start_system_metrics(self) -> None:
         """Logs the use of processor, memory, disk and network every 10 s, until `finish` or until the store fails."""
@@ -236,6 +243,8 @@ class Run:
         """Sends what waits, then ends the run; one line names what could not be sent."""
         if self._monitor is not None:
             self._monitor.finish()  # type: ignore[no-untyped-call]
+        self._settle()
+        self._sender.shutdown()
         minutes = self._minutes + (time.monotonic() - self._began) / 60
         # One probe, so that a dead server costs one timeout and not one for each thing that waits.
         alive = self._outbox.attempt(partial(self._client.get_run, self.id))
@@ -260,6 +269,16 @@ class Run:
         for key, value in metrics.items():
             self._client.log_metric(child.info.run_id, key, value)
         self._client.set_terminated(child.info.run_id)
+
+    def _do(self, what: str, call: Callable[[], object]) -> None:
+        self._settle()
+        self._outbox.do(what, call)
+
+    def _settle(self) -> None:
+        """Waits for the points on their way: the outbox is used by one thread at a time."""
+        if self._sending is not None:
+            self._sending.result()
+            self._sending = None
 
     def _send(self) -> None:
         from mlflow.entities import Metric

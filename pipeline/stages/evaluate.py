@@ -17,13 +17,14 @@ from pipeline.data.store import Store
 from pipeline.errors import UserError
 from pipeline.files import fresh_file, fresh_folder
 from pipeline.parameters import Config, EvaluateParams
-from pipeline.training import weights
+from pipeline.training import machine, weights
 from pipeline.training.record import Record
 from pipeline.training.weights import ModelCard
 
 
 def run(config: Config) -> None:
     """Writes models/NAME/evaluate, models/metrics.json and models/confusion.csv, and logs them."""
+    machine.set_threads(devices=1)
     store = Store(paths.prepared(config.data.name))
     store.verify()
     trained = paths.trained(config.model.name)

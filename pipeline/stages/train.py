@@ -4,13 +4,14 @@ from pipeline import paths
 from pipeline.analysis import metrics
 from pipeline.data.store import Store
 from pipeline.parameters import Config
-from pipeline.training import job
+from pipeline.training import job, machine
 from pipeline.training.fit import rank
 from pipeline.training.job import Job
 
 
 def run(config: Config) -> None:
     """Trains phase by phase; writes the last one's best weights, with checkpoints, curves and the run's id."""
+    machine.set_threads(devices=config.train.devices)
     store = Store(paths.prepared(config.data.name))
     if rank() == 0:
         store.verify()

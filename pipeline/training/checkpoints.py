@@ -7,6 +7,7 @@ training that was stopped, however it was stopped, goes on to the very weights t
 
 import os
 import pickle
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -26,9 +27,10 @@ LEADER_S = 20.0
 
 
 class Checkpoints(L.Callback):
-    """Writes last.ckpt every so many steps, at each epoch's end and on a signal to stop; best.ckpt at a new best.
+    """Writes last.ckpt every so many steps, at each epoch's end and on a signal to stop.
 
-    The one before last.ckpt is kept as before.ckpt, in case that the last cannot be read.
+    After an epoch that is the best so far, the same file is best.ckpt as well. The one before last.ckpt is kept as
+    before.ckpt, in case that the last cannot be read.
 
     Args:
         every: optimiser steps between two checkpoints within an epoch.
@@ -44,6 +46,8 @@ class Checkpoints(L.Callback):
         """Of the best so far: its number within the phase, from 0."""
         self._best_value = float("nan")
         self._bad_epochs = 0
+        self._better = False
+        """Whether the epoch that has just been validated is the best, and not kept as such yet."""
         self._saved_at = -1
         self.stop = Stop()
 
@@ -71,7 +75,7 @@ class Checkpoints(L.Callback):
         if self.stop.asked:
             self._stop_here(trainer)
         elif step % self._every == 0:
-            self._save(trainer, LAST)
+            self._save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:  # noqa: ARG002
         value = float(trainer.callback_metrics[self._monitor])
@@ -79,12 +83,12 @@ class Checkpoints(L.Callback):
         self._bad_epochs = 0 if better else self._bad_epochs + 1
         if better:
             self._best_value, self.best_epoch = value, trainer.current_epoch
-            self._save(trainer, BEST)
+            self._better = True  # for the epoch's end: nothing that is kept changes until then
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:  # noqa: ARG002
         if self.stop.asked:
             self._stop_here(trainer)
-        self._save(trainer, LAST)
+        self._save(trainer)
         self._end_if_over(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:  # noqa: ARG002
@@ -95,9 +99,9 @@ class Checkpoints(L.Callback):
         if tired or (self._steps and trainer.global_step >= self._steps):
             trainer.should_stop = True
 
-    def _save(self, trainer: L.Trainer, name: str, *, alone: bool = False) -> None:
+    def _save(self, trainer: L.Trainer, *, alone: bool = False) -> None:
         """Writes a checkpoint; `alone` where the other ranks are not known to be here, too."""
-        beside = self._folder / f".{name}.part"
+        beside = self._folder / f".{LAST}.part"
         trainer.lightning_module.alone = alone  # type: ignore[assignment]
         if alone:
             # The ranks' states are the same after every step, so the leader's is the whole one.
@@ -107,8 +111,9 @@ class Checkpoints(L.Callback):
         else:
             trainer.save_checkpoint(beside)
         if trainer.is_global_zero:
-            _put_in_place(beside, name)
-        self._saved_at = trainer.global_step if name == LAST else self._saved_at
+            _put_in_place(beside, best=self._better)
+        self._better = False
+        self._saved_at = trainer.global_step
 
     def _stop_here(self, trainer: L.Trainer) -> None:
         if not trainer.is_global_zero:
@@ -117,7 +122,7 @@ class Checkpoints(L.Callback):
                 self.stop.obey()
             return
         if self._saved_at != trainer.global_step:
-            self._save(trainer, LAST, alone=trainer.world_size > 1)
+            self._save(trainer, alone=trainer.world_size > 1)
         print(
             f"stopping after step {trainer.global_step} of this phase: the same command goes on from here", flush=True
         )
@@ -198,15 +203,31 @@ def write_whole(path: Path, net: torch.nn.Module, target: Path) -> None:
     torch.save(checkpoint, target)
 
 
-def _put_in_place(beside: Path, name: str) -> None:
+def _put_in_place(beside: Path, *, best: bool) -> None:
+    """Makes a whole file the last checkpoint, after making it the best one where it is that, too."""
     folder = beside.parent
     with beside.open("rb") as file:
         os.fsync(file.fileno())
-    if name == LAST and (folder / LAST).exists():
+    if best:
+        _also(beside, folder / BEST)
+    if (folder / LAST).exists():
         (folder / LAST).replace(folder / BEFORE)
-    beside.replace(folder / name)
+    beside.replace(folder / LAST)
     with _opened(folder) as descriptor:
         os.fsync(descriptor)
+
+
+def _also(path: Path, name: Path) -> None:
+    """Gives a file a second name; the bytes once where the file system can do that."""
+    beside = name.with_name(f".{name.name}.part")
+    beside.unlink(missing_ok=True)
+    try:
+        beside.hardlink_to(path)
+    except OSError:
+        shutil.copyfile(path, beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+    beside.replace(name)
 
 
 @contextmanager

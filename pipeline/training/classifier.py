@@ -1,5 +1,6 @@
 """The LightningModule: one net, one phase; its loss, its accuracies, its optimiser."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,8 +9,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassAccuracy
 
 from pipeline.data.datamodule import Batch
 from pipeline.errors import UserError
@@ -23,6 +22,10 @@ from pipeline.training.normalize import Normalize, resized
 from pipeline.training.objective import Objective
 from pipeline.training.penalties import Activity
 from pipeline.training.schedule import Phase
+from pipeline.training.tally import Mean
+
+LOOKED_AT = 10
+"""Losses that an accelerator has in flight before they are looked at: to look is to wait for it."""
 
 
 class Classifier(L.LightningModule):
@@ -67,6 +70,7 @@ class Classifier(L.LightningModule):
         """Of the optimiser's groups, where they were looked for; else the phase's."""
         self.alone = False
         """Whether a checkpoint is being written by this rank while the others may be elsewhere."""
+        self.precision = params.precision
         self.normalize = Normalize(mean, std)
         self.objective = Objective(
             loss=params.loss,
@@ -86,10 +90,11 @@ class Classifier(L.LightningModule):
         self.to(memory_format=self._memory_format)
         self.average = Average(net, kind=params.average, decay=params.ema_decay) if params.average != "none" else None
         self._activity = Activity(net) if params.activity else None
-        self.train_loss, self.val_loss = MeanMetric(), MeanMetric()
-        self.train_top1, self.val_top1 = (MulticlassAccuracy(num_classes, average="micro") for _ in range(2))
-        for metric in (self.train_loss, self.train_top1):
-            metric.persistent(True)  # an epoch that was stopped half-way counts its first half, too
+        # An epoch that was stopped half-way counts its first half, too.
+        self.train_loss, self.train_top1 = Mean(persistent=True), Mean(dtype=torch.int64, persistent=True)
+        self.val_loss, self.val_top1 = Mean(), Mean(dtype=torch.int64)
+        self._announced: set[str] = set()
+        self._unseen: list[tuple[str, torch.Tensor]] = []
         if params.compile:
             net.compile()
         self.train()
@@ -112,8 +117,10 @@ class Classifier(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves out what the phase does not change; notes what the ranks have counted in this epoch so far, together.
 
-        The phase begins with it anyway, and a checkpoint of a head alone is written in no time.
+        The phase begins with it anyway, and a checkpoint of a head alone is written in no time. None is written after a
+        loss that is no number.
         """
+        self._look()
         for name in [name for name in checkpoint["state_dict"] if _bare(name) in self._fixed]:
             del checkpoint["state_dict"][name]
         if self.trainer.world_size > 1 and not self.alone:
@@ -140,11 +147,16 @@ class Classifier(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self.train()
+        self._announced.clear()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002, Lightning's signature
         epoch = self._first_epoch + self.trainer.current_epoch
         keys = np.random.SeedSequence((self._params.seed, epoch, batch_idx, self.global_rank)).generate_state(2)
-        torch.manual_seed(int(keys[0]))
+        if self.device.type == "cpu":
+            # torch.manual_seed asks every kind of accelerator as well, which takes a tenth of a small net's step.
+            torch.default_generator.manual_seed(int(keys[0]))
+        else:
+            torch.manual_seed(int(keys[0]))
         np.random.seed(int(keys[1]))
 
     def training_step(self, batch: Batch, index: int) -> torch.Tensor:
@@ -191,6 +203,12 @@ class Classifier(L.LightningModule):
         self._check_finite(loss, f"validation after epoch {self.current_epoch + 1}")
         self._count("val", loss, logits, labels)
 
+    def on_validation_epoch_start(self) -> None:
+        self._announced.discard("val")
+
+    def on_validation_epoch_end(self) -> None:
+        self._look()
+
     def on_validation_end(self) -> None:
         scheduler = self.lr_schedulers()
         if isinstance(scheduler, optim.Rates):
@@ -209,7 +227,13 @@ class Classifier(L.LightningModule):
         lr = phase.lr if rates is None else rates
         assert lr != "find"
         optimizer = optim.optimizer(
-            self.net, name=phase.optimizer, lr=lr, weight_decay=phase.weight_decay, layer_decay=phase.layer_decay
+            self.net,
+            name=phase.optimizer,
+            lr=lr,
+            weight_decay=phase.weight_decay,
+            layer_decay=phase.layer_decay,
+            # A fused one unscales the gradients of 16-mixed itself, after they would have been clipped and noted.
+            fused=self._params.precision != "16-mixed",
         )
         # Not the trainer's estimate: it sets up the loader before a checkpoint has told it where to begin.
         total = 1 if self._params.fast_dev_run else phase.total_steps(self.pictures)
@@ -225,7 +249,7 @@ class Classifier(L.LightningModule):
 
     def _judged(self) -> nn.Module:
         """The net whose weights are judged and kept: the average, once there is one."""
-        if self.average is not None and int(self.average.count) > 0:
+        if self.average is not None and self.average.updates > 0:
             return self.average.net
         return self.net
 
@@ -253,19 +277,32 @@ class Classifier(L.LightningModule):
         return logits, *(extra for extra, learns in zip(auxiliary, learn, strict=True) if learns)
 
     def _check_finite(self, loss: torch.Tensor, when: str) -> None:
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss.item()} in phase {self.phase.name}, {when}; "
-                "lower its lr (in train.phases, or train.lr), or use train.precision 32-true"
-            )
+        """Refuses a loss that is no number: at once on a processor, else with its step's name a few steps later."""
+        self._unseen.append((when, loss.detach()))
+        if loss.device.type == "cpu" or len(self._unseen) >= LOOKED_AT:
+            self._look()
+
+    def _look(self) -> None:
+        if not self._unseen:
+            return
+        unseen, self._unseen = self._unseen, []
+        for (when, _), value in zip(unseen, torch.stack([loss for _, loss in unseen]).tolist(), strict=True):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the loss became {value} in phase {self.phase.name}, {when}; "
+                    "lower its lr (in train.phases, or train.lr), or use train.precision 32-true"
+                )
 
     def _count(self, split: str, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        mean: MeanMetric = getattr(self, f"{split}_loss")
-        top1: MulticlassAccuracy = getattr(self, f"{split}_top1")
-        mean.update(loss.detach(), weight=len(labels))
-        top1.update(logits.detach(), labels)
-        metrics: dict[str, Metric] = {f"{split}/loss": mean, f"{split}/top1": top1}
-        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
+        mean: Mean = getattr(self, f"{split}_loss")
+        top1: Mean = getattr(self, f"{split}_top1")
+        mean.update(loss.detach() * len(labels), len(labels))
+        top1.update((logits.detach().argmax(dim=1) == labels).sum(), len(labels))
+        if split not in self._announced:
+            # Once an epoch: Lightning asks the metrics themselves at its end.
+            self._announced.add(split)
+            metrics = {f"{split}/loss": mean, f"{split}/top1": top1}
+            self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
 
 
 def _bare(name: str) -> str:

@@ -23,6 +23,7 @@ from pipeline.parameters import TrainParams
 from pipeline.training.checkpoints import BEST, LAST, Checkpoints, Stop, load_weights, readable
 from pipeline.training.classifier import Classifier
 from pipeline.training.gradients import GradientNorms
+from pipeline.training.profiling import TRACE, DataWait, Trace
 from pipeline.training.progress import Outcome
 from pipeline.training.schedule import Phase
 
@@ -43,8 +44,9 @@ class Log(Protocol):
 class Recorder(L.Callback):
     """Writes down each epoch, and the learning rate between them, for the curves, the terminal and the tracker."""
 
-    def __init__(self, *, phase: str, first_epoch: int, first_step: int, log: Log) -> None:
+    def __init__(self, *, phase: str, first_epoch: int, first_step: int, log: Log, waits: DataWait) -> None:
         self.rows: list[dict[str, Any]] = []
+        self._waits = waits
         self._phase, self._first_epoch, self._first_step, self._log = phase, first_epoch, first_step, log
         self._started = time.monotonic()
         self._logged_at = 0
@@ -69,13 +71,16 @@ class Recorder(L.Callback):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name}
         epoch = self._first_epoch + trainer.current_epoch + 1
         seconds = time.monotonic() - self._started
-        self.rows.append({"epoch": epoch, "phase": self._phase, "seconds": seconds, "lr": _rate(trainer), **metrics})
+        row = {"epoch": epoch, "phase": self._phase, "seconds": seconds, "lr": _rate(trainer), **metrics}
+        waited = self._waits.take() / seconds
+        self.rows.append({**row, "data_wait": waited})
         if trainer.is_global_zero:
             self._log({**metrics, "epoch": epoch}, step=self._first_step + trainer.global_step)
             print(
                 f"{self._phase} {trainer.current_epoch + 1}/{trainer.max_epochs}: "
                 f"train loss {metrics['train/loss']:.4f}, top-1 {metrics['train/top1']:.4f}; "
-                f"val loss {metrics['val/loss']:.4f}, top-1 {metrics['val/top1']:.4f}; {seconds:.0f} s",
+                f"val loss {metrics['val/loss']:.4f}, top-1 {metrics['val/top1']:.4f}; {seconds:.0f} s, "
+                f"data wait {waited:.1%} of the epoch",
                 flush=True,
             )
 
@@ -108,11 +113,16 @@ def fit(
         patience=phase.patience,
         steps=phase.steps,
     )
-    recorder = Recorder(phase=phase.name, first_epoch=first_epoch, first_step=first_step, log=log)
+    waits = DataWait()
+    recorder = Recorder(phase=phase.name, first_epoch=first_epoch, first_step=first_step, log=log, waits=waits)
     norms = GradientNorms(first_epoch=first_epoch)
+    epochs = phase.epochs_of(module.pictures)
+    batches = 1 if params.fast_dev_run else epochs * phase.steps_an_epoch(module.pictures) * phase.accumulate
+    trace = Trace(folder / TRACE, batches=batches)
+    asked = [*([norms] if params.gradient_norms else []), *([trace] if params.profile else [])]
     # The keeper last: what it writes holds what the others have just noted.
-    callbacks = [recorder, *([norms] if params.gradient_norms else []), *_optional_callbacks(), keeper]
-    trainer = _trainer(params, phase, epochs=phase.epochs_of(module.pictures), callbacks=callbacks)
+    callbacks = [recorder, *asked, *_optional_callbacks(), keeper]
+    trainer = _trainer(params, phase, epochs=epochs, callbacks=callbacks, waits=waits)
     last = readable(folder)
     if first_step == 0 and rank() == 0 and last is None:
         print(ModelSummary(module, max_depth=2))
@@ -161,7 +171,9 @@ def rank() -> int:
     return found
 
 
-def _trainer(params: TrainParams, phase: Phase, *, epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
+def _trainer(
+    params: TrainParams, phase: Phase, *, epochs: int, callbacks: list[L.Callback], waits: DataWait
+) -> L.Trainer:
     try:
         trainer = L.Trainer(
             accelerator=params.accelerator,
@@ -177,8 +189,9 @@ def _trainer(params: TrainParams, phase: Phase, *, epochs: int, callbacks: list[
             limit_val_batches=1 if params.fast_dev_run else None,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
-            log_every_n_steps=1,
+            log_every_n_steps=0,  # the Recorder logs; Lightning would work out its metrics at every step
             logger=False,
+            profiler=waits,
             enable_progress_bar=Console().is_terminal,
             enable_model_summary=False,
             enable_checkpointing=False,

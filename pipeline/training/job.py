@@ -6,7 +6,7 @@ The train stage is one job; cross-validation and tuning are several.
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -28,12 +28,13 @@ from pipeline.errors import UserError, blaming
 from pipeline.files import fresh_folder
 from pipeline.outbox import warn
 from pipeline.parameters import Config, operational
-from pipeline.training import finder, frozen, objective, optim, schedule, weights
+from pipeline.training import finder, frozen, objective, optim, schedule, tuning, weights
 from pipeline.training.checkpoints import load_weights, write_whole
 from pipeline.training.classifier import Classifier
 from pipeline.training.distillation import Teacher
 from pipeline.training.fit import Log, fit, rank
 from pipeline.training.pretrained import Origin
+from pipeline.training.profiling import TRACE
 from pipeline.training.progress import Outcome, Progress
 from pipeline.training.record import PhaseRecord, Record
 from pipeline.training.schedule import Phase
@@ -138,6 +139,10 @@ def _lead(job: Job, net: nn.Module, card: ModelCard, phases: list[Phase], origin
         plans = _cuts(job, net, phases)
         pictures = len(job.store.indices("train"))
         print(schedule_view.text(phases, net, pictures=pictures, frozen=[plan.told for plan in plans]))
+        train = tuning.tuned(job.config, job.store, net, card, phases=phases, progress=progress)
+        if progress.tuned:
+            tracked.set_tags({f"auto_tune.{key}": str(value) for key, value in progress.tuned["choice"].items()})
+            job = replace(job, config=job.config.model_copy(update={"train": train}))
         outcomes = _train(job, net, card, phases, plans, progress, log=log)
         rows = _write(job, net, card, phases, outcomes, progress, run=tracked)
     progress.clear()
@@ -146,6 +151,7 @@ def _lead(job: Job, net: nn.Module, card: ModelCard, phases: list[Phase], origin
 
 def _check(phases: list[Phase], net: nn.Module, config: Config) -> None:
     """Refuses what the net does not take, before anything is begun."""
+    tuning.check(config.train)
     for phase in phases:
         with blaming("model.name"):
             nets.check_px(net, phase.px, name=config.model.name)
@@ -332,9 +338,12 @@ def _write(
         if config.train.gradient_norms:
             gradients = pd.DataFrame([row for o in outcomes for row in o.gradients])
             metrics.write_csv(gradients, folder / "gradients.csv")
+        if progress.tuned:
+            metrics.write_csv(pd.DataFrame(progress.tuned["table"]), folder / "auto_tune.csv")
         for phase in phases:
-            if (drawn := progress.phase_folder(phase.name) / SWEEPS).exists():
-                shutil.copyfile(drawn, folder / f"lr_find_{phase.name}.png")
+            for name, kept in ((SWEEPS, f"lr_find_{phase.name}.png"), (TRACE, f"trace_{phase.name}.json.gz")):
+                if (made := progress.phase_folder(phase.name) / name).exists():
+                    shutil.copyfile(made, folder / kept)
         pixels = _first_batch(config, job.store, card, folder / "first_batch.png")
         for path in sorted(folder.iterdir()):
             if path.name not in ("last.ckpt", "record.json"):

@@ -22,6 +22,9 @@ MILESTONES = (0.5, 0.75)
 PATIENCE = 2
 """Validations in a row without a better value after which plateau drops the learning rate."""
 ONECYCLE_WARMUP = 0.3
+FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
+"""Optimisers that have one kernel for all parameters, on the kinds of devices in `ON`."""
+ON = {"cpu", "cuda"}
 
 
 class Group(NamedTuple):
@@ -59,7 +62,13 @@ def groups(net: nn.Module, *, weight_decay: float, layer_decay: float) -> list[G
 
 
 def optimizer(
-    net: nn.Module, *, name: str, lr: float | Sequence[float], weight_decay: float, layer_decay: float
+    net: nn.Module,
+    *,
+    name: str,
+    lr: float | Sequence[float],
+    weight_decay: float,
+    layer_decay: float,
+    fused: bool = False,
 ) -> torch.optim.Optimizer:
     """A timm optimiser of the parameters that learn, in the groups of `groups`.
 
@@ -68,6 +77,7 @@ def optimizer(
     Args:
         name: as `check_optimizer` takes it.
         lr: the head's learning rate; or each group's own, in their order, to which no scale is applied.
+        fused: update all parameters in one kernel, where optimiser and device have one; the net must be on its device.
     """
     found = groups(net, weight_decay=weight_decay, layer_decay=layer_decay)
     rates = list(lr) if isinstance(lr, Sequence) else [lr * group.scale for group in found]
@@ -76,8 +86,14 @@ def optimizer(
         {"params": [parameters[name] for name in group.names], "lr": rate, "weight_decay": group.weight_decay}
         for group, rate in zip(found, rates, strict=True)
     ]
+    devices = {parameters[name].device.type for group in found for name in group.names}
+    one_kernel: dict[str, Any] = (
+        {"fused": True} if fused and get_optimizer_info(name).opt_class in FUSED and devices <= ON else {}
+    )
     # Groups that are made already are left as they are: timm sorts out biases and norms of a whole net only.
-    optimizer: torch.optim.Optimizer = create_optimizer_v2(made, opt=name, lr=max(rates), momentum=MOMENTUM)
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
+        made, opt=name, lr=max(rates), momentum=MOMENTUM, **one_kernel
+    )
     return optimizer
 
 

@@ -6,7 +6,7 @@ weights.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ class Outcome:
     """What a phase came to."""
 
     rows: list[dict[str, Any]]
-    """A row per epoch: epoch (1-based, counting on across phases), phase, seconds, lr and the four metrics."""
+    """A row per epoch: epoch (1-based, counting on across phases), phase, seconds, lr, the four metrics, and data_wait:
+    the share of the seconds in which the next batch was waited for."""
     best: Path
     """Checkpoint of the best epoch by train.monitor."""
     last: Path
@@ -53,6 +54,8 @@ class Progress:
         """Of the tracker's run; empty before it has begun."""
         self.rates: dict[str, list[float]] = {}
         """By phase, the learning rates that were found for it."""
+        self.tuned: dict[str, Any] = {}
+        """What auto_tune found: choice, by parameters of train, and table, the rows of its trial; empty without it."""
         self._done: dict[str, dict[str, Any]] = {}
         self.difference = ""
         """Why an earlier training in this folder is not taken up; empty where it is, or where there was none."""
@@ -75,6 +78,11 @@ class Progress:
     def found(self, phase: str, rates: list[float]) -> None:
         """Notes the learning rates that were found for a phase, so that a resumed one has the same."""
         self.rates[phase] = rates
+        self._write()
+
+    def tune(self, choice: Mapping[str, Any], table: Sequence[Mapping[str, Any]]) -> None:
+        """Notes how this training computes, so that it does so to its end."""
+        self.tuned = {"choice": dict(choice), "table": [dict(row) for row in table]}
         self._write()
 
     def finish(self, phase: str, outcome: Outcome) -> None:
@@ -107,11 +115,12 @@ class Progress:
             self.clear()
             return
         self.run_id, self.rates, self._done = state["run"], state["rates"], state["done"]
+        self.tuned = state["tuned"]
 
     def _write(self) -> None:
         if not self._leader:
             return
-        state = {"facts": self._facts, "run": self.run_id, "rates": self.rates, "done": self._done}
+        state = {"facts": self._facts, "run": self.run_id, "rates": self.rates, "tuned": self.tuned, "done": self._done}
         with fresh_file(self._folder / STATE) as path:
             path.write_text(json.dumps(state), encoding="utf-8")
 

@@ -219,6 +219,28 @@ def test_a_loss_that_is_not_a_number_stops_the_training(pictures: Store, tmp_pat
         _fit(net, pictures, tmp_path)
 
 
+def test_no_checkpoint_is_written_after_such_a_loss_was_left_unseen_on_a_device() -> None:
+    module = _module(nets.build("scratch/lenet5", num_classes=3), _params())
+    # As on an accelerator, where they are looked at together.
+    module._unseen = [("epoch 1, step 3", torch.tensor(1.0)), ("epoch 1, step 4", torch.tensor(float("inf")))]
+    with pytest.raises(UserError, match=r"loss became inf in phase phase, epoch 1, step 4; lower its lr"):
+        module.on_save_checkpoint({"state_dict": {}})
+
+
+def test_the_best_epochs_checkpoint_is_the_last_one_until_there_is_a_later(pictures: Store, tmp_path: Path) -> None:
+    one = _fit(nets.build("scratch/lenet5", num_classes=3), pictures, tmp_path / "1", phase={"epochs": 1})
+    assert one.best.read_bytes() == one.last.read_bytes()
+    # At a rate of 1e-30 no weight changes, so the second epoch cannot be better than the first.
+    two = _fit(nets.build("scratch/lenet5", num_classes=3), pictures, tmp_path / "2", phase={"lr": 1e-30})
+    best, last = (torch.load(path, weights_only=True)["epoch"] for path in (two.best, two.last))
+    assert (best, last) == (0, 1)
+
+
+def test_an_epochs_row_says_how_long_data_was_waited_for(pictures: Store, tmp_path: Path) -> None:
+    outcome = _fit(nets.build("scratch/lenet5", num_classes=3), pictures, tmp_path)
+    assert all(0 < row["data_wait"] < 1 for row in outcome.rows)
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_precisions_a_processor_can_run(precision: str, pictures: Store, tmp_path: Path) -> None:
     torch.manual_seed(0)

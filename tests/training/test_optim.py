@@ -299,3 +299,20 @@ def test_torch_finds_the_calls_in_order() -> None:
         for name in NAMES:
             _first_rates(name, warmup=0.25)
     assert told == []
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adam", "lamb"])
+def test_one_kernel_for_all_takes_the_same_steps(name: str) -> None:
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+        made = optim.optimizer(net, name=name, lr=0.01, weight_decay=0.1, layer_decay=1.0, fused=fused)
+        assert bool(made.defaults.get("fused")) == (fused and name != "lamb")
+        for _ in range(3):
+            made.zero_grad()
+            net(torch.ones(2, 1, 4, 4)).square().sum().backward()
+            made.step()
+        found.append([parameter.detach().clone() for parameter in net.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

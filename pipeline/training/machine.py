@@ -1,0 +1,71 @@
+"""The part of a machine's processor that a process has."""
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+
+
+def cores() -> int:
+    """Cores that this process may use: its affinity, or the quota of its container where that is less."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    told = OWN_CGROUPS.read_text(encoding="utf-8") if OWN_CGROUPS.exists() else ""
+    return max(1, math.ceil(min(here, quota(told, root=CGROUPS))))
+
+
+def quota(told: str, *, root: Path) -> float:
+    """Processor time per time that control groups grant, the least of all levels; infinite for no limit.
+
+    Args:
+        told: lines of /proc/self/cgroup: "0::/PATH" for version 2, "N:cpu,cpuacct:/PATH" for version 1.
+        root: where control groups are mounted.
+    """
+    found = math.inf
+    for line in told.splitlines():
+        _, controllers, path = line.split(":", 2)
+        names = controllers.split(",")
+        if controllers and "cpu" not in names:
+            continue
+        base = root if not controllers else root / ("cpu" if (root / "cpu").exists() else controllers)
+        for level in (path, *map(str, Path(path).parents)):
+            found = min(found, _granted(base / level.lstrip("/")))
+    return found
+
+
+def threads(environment: Mapping[str, str], *, devices: int | str) -> int | None:
+    """Threads that each of a node's processes should compute with; None where OMP_NUM_THREADS says it already.
+
+    Args:
+        devices: processes of this node, unless a launcher says otherwise; auto counts as one.
+    """
+    asked = environment.get("OMP_NUM_THREADS")
+    # torchrun sets it to 1 where it is unset, and nothing tells that 1 from a user's.
+    by_torchrun = asked == "1" and "TORCHELASTIC_RUN_ID" in environment
+    if asked and not by_torchrun:
+        return None
+    ranks = int(environment.get("LOCAL_WORLD_SIZE", devices if isinstance(devices, int) else 1))
+    return max(1, cores() // ranks)
+
+
+def set_threads(*, devices: int | str) -> None:
+    """Gives torch the threads of `threads`, for the rest of the process."""
+    count = threads(os.environ, devices=devices)
+    if count is not None:
+        torch.set_num_threads(count)
+
+
+def _granted(group: Path) -> float:
+    if (group / "cpu.max").exists():
+        limit, period = (group / "cpu.max").read_text(encoding="utf-8").split()
+        return math.inf if limit == "max" else int(limit) / int(period)
+    if (group / "cpu.cfs_quota_us").exists():
+        limit, period = (
+            (group / name).read_text(encoding="utf-8") for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        )
+        return math.inf if int(limit) < 0 else int(limit) / int(period)
+    return math.inf

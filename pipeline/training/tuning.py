@@ -1,0 +1,341 @@
+"""auto_tune: how a net computes fastest on this machine, by a short trial before it is trained.
+
+The trial takes real batches through a copy of the net: the net itself, its buffers and the state of every random
+generator are left as they were. What it chose is kept below data/cache/tuned by all that it depends on, and a later
+training of the like takes it from there.
+"""
+
+import hashlib
+import json
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline import paths
+from pipeline.data.datamodule import Batch, PictureData
+from pipeline.data.store import Store
+from pipeline.errors import UserError
+from pipeline.files import fresh_file
+from pipeline.parameters import Config, ModelParams, TrainParams
+from pipeline.training import machine, optim, schedule
+from pipeline.training.classifier import Classifier
+from pipeline.training.progress import Progress
+from pipeline.training.schedule import Phase
+from pipeline.training.weights import ModelCard
+
+WARM, STEPS = 3, 20
+"""Steps before those that count, and those, of each way of computing."""
+LONGEST_S = 10.0
+"""Seconds after which a way has been seen for long enough, whatever its steps."""
+BATCHES = 4
+"""Real batches that the steps go through in turn."""
+COMPILED_AFTER_S = 60.0
+"""Seconds of plain training below which compiling is not tried: it takes a good part of that itself."""
+WORTH = 0.97
+"""A way must take less than this share of the time of the one before it, or the difference may be noise."""
+NO_WAIT = 0.03
+"""Share of a step's time that loading may take before workers are tried."""
+MOST_WORKERS = 8
+Option = TypeVar("Option")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What auto_tune sets in `train`."""
+
+    precision: str
+    channels_last: bool
+    compile: bool
+    workers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A way of computing, as it was measured."""
+
+    precision: str
+    channels_last: bool
+    compile: bool
+    workers: int | None
+    """Processes that loaded its batches; None for batches that were there already."""
+    step_ms: float
+    """Median of the trial's optimiser steps."""
+    first_s: float
+    """The first step by itself, with all that is prepared or compiled in it."""
+    chosen: bool
+
+
+class Way(NamedTuple):
+    """Of computing a step."""
+
+    precision: str
+    channels_last: bool
+    compile: bool
+
+
+class Pace(NamedTuple):
+    """Of a way, in seconds: its first step, and the median of those after it."""
+
+    first: float
+    step: float
+
+
+def check(params: TrainParams) -> None:
+    """Refuses what a trial in one process says nothing about.
+
+    Raises:
+        UserError: several processes are to train.
+    """
+    if params.auto_tune and (params.devices != 1 or params.num_nodes != 1):
+        message = "tries one process; use it with train.devices 1 and train.num_nodes 1, or set what it found by hand"
+        raise UserError(message, parameter="train.auto_tune")
+
+
+def tuned(
+    config: Config, store: Store, net: nn.Module, card: ModelCard, *, phases: Sequence[Phase], progress: Progress
+) -> TrainParams:
+    """`train` with what auto_tune chose for this training: before a stop, in one of the like, or now.
+
+    One choice serves all phases: that of the phase with the most to compute backwards.
+
+    Args:
+        net: as training begins with it.
+    """
+    params = config.train
+    if not params.auto_tune:
+        return params
+    if not progress.tuned:
+        pictures = len(store.indices("train"))
+        counts = {phase.name: _learning(net, phase) * phase.total_steps(pictures) for phase in phases}
+        phase = max(phases, key=lambda phase: counts[phase.name])
+        total_steps = phase.total_steps(pictures)
+        key = key_of(config.model, params, phase, px=card.px, total_steps=total_steps)
+        found = known(key)
+        if found is None:
+            print(f"auto_tune: trying phase {phase.name} for a few steps", flush=True)
+            found = _tried(params, store, net, card, phase=phase, total_steps=total_steps)
+            keep(key, *found)
+        choice, rows = found
+        progress.tune(asdict(choice), [asdict(row) for row in rows])
+        print(told(choice, rows), flush=True)
+    return params.model_copy(update=progress.tuned["choice"])
+
+
+def choose(
+    make: Callable[[Way], Classifier],
+    load: Callable[[int], Iterable[Batch]],
+    *,
+    device: torch.device,
+    total_steps: int,
+) -> tuple[Choice, list[Row]]:
+    """The fastest way to compute a phase, and the trial's table.
+
+    Args:
+        make: a Classifier of the phase that computes in that way, on a copy of the net.
+        load: the phase's training batches, loaded by so many worker processes.
+        total_steps: optimiser steps of the phase, which compiling must pay for itself in.
+    """
+    with untouched_randomness():
+        batches = list(islice(load(0), BATCHES))
+        precisions = ["32-true", *(["bf16-mixed"] if has_bf16(device) else [])]
+        ways = [Way(precision, layout, False) for precision in precisions for layout in (False, True)]
+        paces = {way: pace(make(way), cycle(batches), device=device) for way in ways}
+        best = fastest({way: found.step for way, found in paces.items()})
+        plain = paces[best].step * total_steps
+        if plain > COMPILED_AFTER_S:
+            way = best._replace(compile=True)
+            paces[way] = pace(make(way), cycle(batches), device=device)
+            if paces[way].first + paces[way].step * total_steps < WORTH * plain:
+                best = way
+        loaded = {0: pace(make(best), _endless(load(0)), device=device)}
+        more = min(machine.cores(), MOST_WORKERS)
+        if more > 1 and loaded[0].step > (1 + NO_WAIT) * paces[best].step:
+            loaded[more] = pace(make(best), _endless(load(more)), device=device)
+        workers = fastest({count: found.step for count, found in loaded.items()})
+    rows = [_row(way, found, workers=None, chosen=way == best) for way, found in paces.items()]
+    rows += [_row(best, found, workers=count, chosen=count == workers) for count, found in loaded.items()]
+    return Choice(**best._asdict(), workers=workers), rows
+
+
+def pace(module: Classifier, batches: Iterable[Batch], *, device: torch.device) -> Pace:
+    """Times the optimiser steps of a module that is there for nothing else, on batches that do not end."""
+    module.to(device)
+    phase = module.phase
+    optimizer = optim.optimizer(
+        module.net,
+        name=phase.optimizer,
+        lr=1e-6,  # the values do not matter, and must not run away
+        weight_decay=phase.weight_decay,
+        layer_decay=phase.layer_decay,
+        fused=module.precision != "16-mixed",
+    )
+    module.train()
+    coming = iter(batches)
+    seconds: list[float] = []
+    began = time.perf_counter()
+    while len(seconds) < WARM + STEPS and (len(seconds) <= WARM or time.perf_counter() - began < LONGEST_S):
+        start = time.perf_counter()
+        for _ in range(phase.accumulate):
+            pixels, labels = next(coming)
+            with torch.autocast(device.type, torch.bfloat16, enabled=module.precision == "bf16-mixed"):
+                loss = module.losses(module.net, (pixels.to(device), labels.to(device)))[0]
+            loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    module.close()
+    return Pace(first=seconds[0], step=statistics.median(seconds[WARM:]))
+
+
+def fastest(steps: Mapping[Option, float]) -> Option:
+    """The option with the shortest step; the earlier one where a later is faster by too little to tell."""
+    best, *others = steps
+    for option in others:
+        if steps[option] < WORTH * steps[best]:
+            best = option
+    return best
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device computes bf16 by itself: AVX-512 BF16 or AMX, or a GPU's units."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@contextmanager
+def untouched_randomness() -> Iterator[None]:
+    """The state of every generator after the block is the one before it."""
+    own, legacy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield
+    random.setstate(own)
+    np.random.set_state(legacy)
+
+
+def known(key: str) -> tuple[Choice, list[Row]] | None:
+    """What an earlier training of the like found on this machine."""
+    path = _kept(key)
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return Choice(**found["choice"]), [Row(**row) for row in found["table"]]
+
+
+def keep(key: str, choice: Choice, rows: list[Row]) -> None:
+    """Keeps a trial for later trainings of the like."""
+    with fresh_file(_kept(key)) as path:
+        kept = {"choice": asdict(choice), "table": [asdict(row) for row in rows]}
+        path.write_text(json.dumps(kept, indent=2), encoding="utf-8")
+
+
+def key_of(model: ModelParams, params: TrainParams, phase: Phase, *, px: int, total_steps: int) -> str:
+    """Names all that a trial's outcome depends on: machine, torch, net, pictures, step."""
+    device = device_of(params)
+    facts = {
+        "machine": [platform.node(), platform.machine(), processor(), machine.cores(), torch.get_num_threads()],
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "model": model.model_dump(),
+        "px": [px, phase.px],
+        "batch": [phase.batch_size, phase.accumulate],
+        "trainable": phase.trainable,
+        "optimizer": phase.optimizer,
+        "steps": total_steps,
+        "train": params.model_dump(include=COUNTS),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+COUNTS = {"frozen_bn", "loss", "l1", "activity", "mixup", "cutmix", "average", "transforms"}
+"""Parameters of `train` that change what a step or a batch costs."""
+
+
+def processor() -> str:
+    """The processor's model, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
+def told(choice: Choice, rows: Sequence[Row]) -> str:
+    """The trial's table, for the terminal."""
+    lines = [f"{'precision':>12} {'channels_last':>13} {'compile':>7} {'workers':>9} {'ms a step':>10} {'first, s':>9}"]
+    for row in rows:
+        loaded = "in memory" if row.workers is None else str(row.workers)
+        lines.append(
+            f"{row.precision:>12} {row.channels_last!s:>13} {row.compile!s:>7} {loaded:>9} {row.step_ms:>10.1f} "
+            f"{row.first_s:>9.2f}{'  <-' if row.chosen else ''}"
+        )
+    return "\n".join([*lines, f"auto_tune takes {', '.join(f'{k} {v}' for k, v in asdict(choice).items())}"])
+
+
+def device_of(params: TrainParams) -> torch.device:
+    """Where a training by one process computes."""
+    gpu = params.accelerator in ("auto", "gpu") and torch.cuda.is_available()
+    return torch.device("cuda" if gpu else "cpu")
+
+
+def _tried(
+    params: TrainParams, store: Store, net: nn.Module, card: ModelCard, *, phase: Phase, total_steps: int
+) -> tuple[Choice, list[Row]]:
+    def make(way: Way) -> Classifier:
+        return Classifier(
+            deepcopy(net),
+            phase=phase,
+            params=params.model_copy(update=way._asdict()),
+            pictures=len(store.indices("train")),
+            num_classes=len(card.classes),
+            px=card.px,
+            mean=card.mean,
+            std=card.std,
+        )  # without a teacher, which costs the same in every way
+
+    def load(workers: int) -> Iterable[Batch]:
+        return PictureData(
+            store,
+            px=card.px,
+            in_chans=card.in_chans,
+            batch_size=phase.batch_size,
+            parts=phase.accumulate,
+            chosen=params.transforms,
+            strength=phase.strength,
+            seed=params.seed,
+            workers=workers,
+        ).train_dataloader()
+
+    return choose(make, load, device=device_of(params), total_steps=total_steps)
+
+
+def _learning(net: nn.Module, phase: Phase) -> int:
+    tried = deepcopy(net)
+    schedule.thaw(tried, phase.trainable)
+    return sum(parameter.numel() for parameter in tried.parameters() if parameter.requires_grad)
+
+
+def _row(way: Way, found: Pace, *, workers: int | None, chosen: bool) -> Row:
+    return Row(**way._asdict(), workers=workers, step_ms=1000 * found.step, first_s=found.first, chosen=chosen)
+
+
+def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:
+    while True:
+        yield from batches
+
+
+def _kept(key: str) -> Path:
+    return paths.cache() / "tuned" / f"{key}.json"

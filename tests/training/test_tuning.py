@@ -1,0 +1,199 @@
+"""auto_tune takes what is fastest, once, and leaves net and random numbers alone."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pipeline import config, nets
+from pipeline.data import store
+from pipeline.data.store import Row, Store
+from pipeline.errors import UserError
+from pipeline.parameters import Config
+from pipeline.training import schedule, tuning
+from pipeline.training.classifier import Classifier
+from pipeline.training.progress import Progress
+from pipeline.training.schedule import Phase
+from pipeline.training.tuning import Pace, Way
+from pipeline.training.weights import ModelCard
+
+ROOT = Path(__file__).parents[2]
+PX = 32
+CARD = ModelCard(
+    name="scratch/resnet20",
+    in_chans=3,
+    stem="default",
+    classes=("a", "b", "c"),
+    px=PX,
+    pack_px=PX,
+    mean=(0.5,) * 3,
+    std=(0.25,) * 3,
+    start="random",
+    start_source="a test",
+    fast_dev_run=False,
+)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    folder = tmp_path_factory.mktemp("store")
+    rng = np.random.default_rng(0)
+    rows = (
+        (Row(f"{i}", split, i % 3, 0, PX, PX), rng.integers(0, 256, (PX, PX, 3), dtype=np.uint8))
+        for i, split in enumerate(["train"] * 12 + ["val"] * 6)
+    )
+    store.write(folder, rows, dataset="tiny", classes=CARD.classes, px=PX, channels=3, skipped=[])
+    return Store(folder)
+
+
+def _config(**changed: Any) -> Config:
+    phases = {"head": {"trainable": "head", "epochs": 9}, "all": {"trainable": "all", "epochs": 2}}
+    knobs = {"auto_tune": True, "batch_size": 6, "accelerator": "cpu", "mixup": 0.2, "phases": phases, **changed}
+    return config.load(ROOT / "params.yaml", overrides={f"train.{key}": value for key, value in knobs.items()})
+
+
+def _tuned(
+    pictures: Store, asked: Config, folder: Path, net: nn.Module | None = None
+) -> tuple[dict[str, Any], Progress]:
+    net = net or nets.build("scratch/resnet20", num_classes=3, drop_rate="auto")
+    progress = Progress(folder, facts={}, leader=True)
+    progress.begin("run")
+    phases = schedule.plan(asked.train, net, px=PX, random_start=False)
+    params = tuning.tuned(asked, pictures, net, CARD, phases=phases, progress=progress)
+    return {name: getattr(params, name) for name in ("precision", "channels_last", "compile", "workers")}, progress
+
+
+class _Stub:
+    """Gives each way of computing a pace, and remembers what was tried."""
+
+    def __init__(self, steps: dict[Way, float], *, compiling: float = 0.0) -> None:
+        self.steps, self.compiling = steps, compiling
+        self.tried: list[Way] = []
+        self.phases: set[str] = set()
+
+    def __call__(self, module: Classifier, batches: Any, *, device: torch.device) -> Pace:  # noqa: ARG002
+        way = Way(module.precision, module._memory_format == torch.channels_last, module._params.compile)
+        self.tried.append(way)
+        self.phases.add(module.phase.name)
+        return Pace(first=self.compiling if way.compile else 0.1, step=self.steps[way])
+
+
+PLAIN, LAST = Way("32-true", False, False), Way("32-true", True, False)
+BF16, BF16_LAST = Way("bf16-mixed", False, False), Way("bf16-mixed", True, False)
+COMPILED = Way("32-true", True, True)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr(tuning, "has_bf16", lambda _: True)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("steps", "compiling", "expected"),
+    [
+        ({PLAIN: 4.0, LAST: 3.0, BF16: 2.0, BF16_LAST: 1.0}, 0.0, BF16_LAST),
+        ({PLAIN: 3.0, LAST: 2.0, BF16: 5.0, BF16_LAST: 4.0}, 0.0, LAST),  # bf16 is not assumed to be faster
+        ({PLAIN: 3.0, LAST: 2.99, BF16: 3.0, BF16_LAST: 2.98}, 0.0, PLAIN),  # nor is what cannot be told apart
+        ({PLAIN: 30.0, LAST: 20.0, BF16: 50.0, BF16_LAST: 40.0, COMPILED: 5.0}, 30.0, COMPILED),
+        ({PLAIN: 30.0, LAST: 20.0, BF16: 50.0, BF16_LAST: 40.0, COMPILED: 5.0}, 70.0, LAST),  # 4 steps do not pay it
+    ],
+)
+def test_the_fastest_way_is_chosen(
+    steps: dict[Way, float],
+    compiling: float,
+    expected: Way,
+    pictures: Store,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stub = _Stub(steps, compiling=compiling)
+    monkeypatch.setattr(tuning, "pace", stub)
+    choice, _ = _tuned(pictures, _config(), here / "progress")
+    assert {name: choice[name] for name in Way._fields} == expected._asdict()
+    assert (COMPILED in stub.tried) == (COMPILED in steps)  # not where training is over sooner
+    assert stub.phases == {"all"}
+
+
+def test_workers_load_where_the_training_process_is_kept_waiting(
+    pictures: Store, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning.machine, "cores", lambda: 2)
+    for waiting, with_workers, expected in ((1.01, 0.5, 0), (2.0, 1.1, 2), (2.0, 1.99, 0)):
+        times = iter([1.0] * 4 + [waiting, with_workers])
+        monkeypatch.setattr(tuning, "pace", lambda *_, times=times, **__: Pace(first=0.1, step=next(times)))
+        choice, progress = _tuned(pictures, _config(), here / str(waiting + with_workers))
+        assert choice["workers"] == expected
+        assert [row["workers"] for row in progress.tuned["table"][4:]] == ([0] if waiting < 1.03 else [0, 2])
+        for kept in (here / "data" / "cache" / "tuned").iterdir():
+            kept.unlink()
+
+
+def test_a_later_training_takes_the_choice_without_a_trial_and_a_different_one_does_not(
+    pictures: Store, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub = _Stub({PLAIN: 4.0, LAST: 3.0, BF16: 2.0, BF16_LAST: 1.0})
+    monkeypatch.setattr(tuning, "pace", stub)
+    first, before = _tuned(pictures, _config(), here / "one")
+    tried = len(stub.tried)
+    second, after = _tuned(pictures, _config(lr=0.1), here / "two")
+    assert (second, after.tuned) == (first, before.tuned)
+    assert len(stub.tried) == tried
+    _tuned(pictures, _config(batch_size=4), here / "three")
+    assert len(stub.tried) == 2 * tried
+
+
+def test_a_resumed_training_computes_as_it_began(pictures: Store, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = _Stub({PLAIN: 4.0, LAST: 3.0, BF16: 2.0, BF16_LAST: 1.0})
+    monkeypatch.setattr(tuning, "pace", stub)
+    first, _ = _tuned(pictures, _config(), here / "progress")
+    for kept in (here / "data" / "cache" / "tuned").iterdir():
+        kept.unlink()
+    stub.steps = {PLAIN: 1.0, LAST: 3.0, BF16: 2.0, BF16_LAST: 4.0}
+    resumed, _ = _tuned(pictures, _config(), here / "progress")
+    assert resumed == first
+
+
+def test_a_trial_leaves_net_and_random_numbers_as_they_were(
+    pictures: Store, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "STEPS", 1)
+    net = nets.build("scratch/resnet20", num_classes=3)
+    before = copy.deepcopy(net.state_dict())
+    learns = [parameter.requires_grad for parameter in net.parameters()]
+    own, legacy = torch.get_rng_state(), np.random.get_state()[1]
+    _, progress = _tuned(pictures, _config(), here / "progress", net)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert [parameter.requires_grad for parameter in net.parameters()] == learns
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert torch.equal(torch.get_rng_state(), own)
+    assert np.array_equal(np.random.get_state()[1], legacy)
+    ways = {(row["precision"], row["channels_last"]) for row in progress.tuned["table"]}
+    assert ways == {(precision, layout) for precision in ("32-true", "bf16-mixed") for layout in (False, True)}
+    assert all(row["step_ms"] > 0 for row in progress.tuned["table"])
+
+
+def test_without_it_nothing_is_chosen(pictures: Store, here: Path) -> None:
+    choice, progress = _tuned(pictures, _config(auto_tune=False, precision="bf16-mixed"), here / "progress")
+    assert choice["precision"] == "bf16-mixed"
+    assert not progress.tuned
+
+
+def test_several_processes_are_not_tuned() -> None:
+    with pytest.raises(UserError, match="tries one process"):
+        tuning.check(_config(devices=2).train)
+    tuning.check(_config(devices=2, auto_tune=False).train)
+
+
+def test_phases_do_not_share_a_key() -> None:
+    asked = _config()
+    phases: list[Phase] = schedule.plan(
+        asked.train, nets.build("scratch/resnet20", num_classes=3), px=PX, random_start=False
+    )
+    keys = {tuning.key_of(asked.model, asked.train, phase, px=PX, total_steps=10) for phase in phases}
+    assert len(keys) == 2
