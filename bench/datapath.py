@@ -9,7 +9,7 @@
     wait      what Thaw's loader takes for a batch in its own process, by what a training step of
               tf_efficientnet_lite0 at 64 px takes with its batch: a cost, at most 0.03. Where batches are made
               beside the steps, the wait is less than this.
-    offline   copies a second that the augment stage packs (its time with 20 copies a picture less that with none), by
+    offline   copies a second that the augment stage packs (its time with 40 copies a picture less that with none), by
               what one process of albumentations makes on the same decoded pictures, times the cores: at least 0.9
 
 On two cores: lenet 8 minutes, wait 3, offline 2.
@@ -25,7 +25,7 @@ from project import PYTHON, Project, chosen, drawn, published
 PARTS = ("lenet", "wait", "offline")
 LENET, LENET_PX, LR, WORKERS, EPOCHS = "scratch/lenet5", 32, 1e-3, 2, 3
 NET, PX, WAITED = "tf_efficientnet_lite0", 64, 1280
-COPIES, PACKED = 20, 256
+COPIES, PACKED = 40, 128
 OFFLINE = {"rotate": {"limit": 10}, "color_jitter": {}, "horizontal_flip": {}}
 BARE, USUAL, WAIT, RATE = Target(at_least=0.85), Target(at_least=2), Target(at_most=0.03), Target(at_least=0.9)
 
@@ -137,12 +137,12 @@ def _offline(bench: Bench, asked: argparse.Namespace) -> None:
         "copies": max(1, copies // 5),
     }
 
-    def stage() -> float:
-        seconds = [project.again("augment", {"augment.copies": many}) for many in (0, copies)]
-        return seen * copies / max(seconds[1] - seconds[0], 1e-3)
-
+    pack = {"mode": "pack", "project": str(project.folder), "copies": copies}
     found = rounds(
-        {"augment": stage, "albumentations": lambda: float(worker("bare.py", spec, python=PYTHON).told["rate"])},
+        {
+            "augment": lambda: seen * copies / float(worker("bare.py", pack, python=PYTHON).told["seconds"]),
+            "albumentations": lambda: float(worker("bare.py", spec, python=PYTHON).told["rate"]),
+        },
         number=asked.pairs,
     )
     limits = [rate * cores() for rate in found["albumentations"]]

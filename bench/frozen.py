@@ -40,6 +40,7 @@ def main() -> None:
     px, pack = (64, 72) if asked.quick else (224, 256)
     pictures, real = pictures_or_drawn(asked.pictures, **({"train": 48, "val": 16} if asked.quick else {}))
     project = Project({"model.name": NET, "augment.px": pack, "augment.train_size": "all"}, pictures=pictures)
+    project.warm()
     bench = Bench("frozen", asked)
     bench.settings = {"net": NET, "px": px, "batch": BATCH, "pictures": project.sizes, "photographs": real}
     side = _Sides(project, asked, px=px)

@@ -89,11 +89,6 @@ class Project:
         """Runs one command of Thaw's."""
         return run([PYTHON, "-m", "pipeline", name], folder=self.folder, environment=environment)
 
-    def again(self, name: str, settings: Mapping[str, Any]) -> float:
-        """Seconds of one more run of a stage, with other parameters; what it makes takes the place of what was."""
-        self._write({**self.settings, **settings})
-        return self.stage(name).seconds
-
     def knows(self, parameter: str) -> bool:
         """Whether this tree has a parameter of `train`, by its name."""
         return parameter in type(self.config.train).model_fields
@@ -125,6 +120,11 @@ class Project:
         if self.knows("auto_tune"):
             return {"train.auto_tune": True}
         return {"train.precision": "bf16-mixed"} if has_bf16() and px >= BF16_FROM_PX else {}
+
+    def warm(self) -> None:
+        """Makes the tracking store, once, which would else fall on the first training that is measured."""
+        if not (self.folder / "mlflow.db").exists():
+            self.train({"train.fast_dev_run": True})
 
     def judged(self) -> dict[str, float]:
         """Runs the evaluate stage; gives back the test figures of models/metrics.json."""

@@ -41,16 +41,8 @@ def main() -> None:
 
 def _measure(bench: Bench, net: str, asked: argparse.Namespace) -> None:
     train, val = (128, 16) if asked.quick else (TRAIN, VAL)
-    project = Project(
-        {
-            "model.name": net,
-            "model.pretrained": False,
-            "augment.px": 72,
-            "augment.train_size": "all",
-            "augment.val_fraction": 0.02,
-        },
-        pictures=drawn(train=train, val=val),
-    )
+    packing = {"augment.px": 72, "augment.train_size": "all", "augment.val_fraction": 0.02}
+    project = Project({"model.name": net, "model.pretrained": False, **packing}, pictures=drawn(train=train, val=val))
     settings = {
         "train.px": PX,
         "train.batch_size": BATCH,

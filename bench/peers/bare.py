@@ -3,9 +3,10 @@
 The spec's `mode` says which: `forward`, one pass of the net without its gradient over the packed pictures of training
 and validation; `step`, training steps on one batch held in memory; `epochs`, training and validation passes over
 tensors in memory, already normalised; `loader`, an epoch of Thaw's own training batches with nothing done to them;
-`albumentations`, copies of the packed training pictures, one after another.
+`albumentations`, copies of the packed training pictures, one after another; `pack`, what copies cost the stage augment.
 """
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,7 @@ def main() -> None:
         "epochs": epochs,
         "loader": loader,
         "albumentations": albumentations,
+        "pack": pack,
     }
     modes[asked.mode](asked)
 
@@ -152,6 +154,24 @@ def albumentations(asked: SimpleNamespace) -> None:
             compose(image=picture)
     clock.epoch(0.0)
     clock.tell(rate=len(pictures) * asked.copies / clock.ends[0])
+
+
+def pack(asked: SimpleNamespace) -> None:
+    """The stage augment with copies and without, in this process, whose imports are not counted."""
+    from pipeline import config
+    from pipeline.stages import augment
+
+    os.chdir(asked.project)
+    seconds = {}
+    # The first one imports; the last one leaves the folder as it was.
+    for name, copies in (("first", 0), ("copies", asked.copies), ("none", 0)):
+        params = config.load(overrides={"augment.copies": copies})
+        began = time.monotonic()
+        augment.run(params)
+        seconds[name] = time.monotonic() - began
+    clock = Clock()
+    clock.epoch(0.0)
+    clock.tell(seconds=max(seconds["copies"] - seconds["none"], 1e-3))
 
 
 def _net(asked: SimpleNamespace, classes: int) -> Any:

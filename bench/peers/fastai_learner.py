@@ -54,7 +54,7 @@ def main() -> None:
         learner.freeze()
     else:
         learner.unfreeze()
-    clock = Clock()
+    clock = Clock(stop_at=asked.stop_at)
     with learner.no_bar(), learner.no_logging():
         learner.fit_one_cycle(asked.epochs, asked.lr, cbs=Noting(clock))
     clock.end()

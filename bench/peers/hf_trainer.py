@@ -57,8 +57,8 @@ def main() -> None:
     """Trains as the spec says."""
     asked = spec()
     net = build(asked.net, num_classes=num_classes(asked.folder), weights=asked.weights)
-    train = datasets.ImageFolder(str(Path(asked.folder) / "train"), random_transform(net, asked.px))
-    val = datasets.ImageFolder(str(Path(asked.folder) / "val"), plain_transform(net, asked.px))
+    train = datasets.ImageFolder(str(Path(asked.folder) / "train"), random_transform(net, asked))
+    val = datasets.ImageFolder(str(Path(asked.folder) / "val"), plain_transform(net, asked))
     if asked.frozen:
         freeze(net)
     with TemporaryDirectory() as folder:
@@ -76,7 +76,7 @@ def main() -> None:
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         )
-        clock = Clock()
+        clock = Clock(stop_at=asked.stop_at)
         trainer = Trainer(
             model=WithLoss(net),
             args=arguments,

@@ -21,7 +21,7 @@ def main() -> None:
     """Trains as the spec says."""
     asked = spec()
     net = build(asked.net, num_classes=num_classes(asked.folder), weights=asked.weights)
-    transforms = {"train": random_transform(net, asked.px), "val": plain_transform(net, asked.px)}
+    transforms = {"train": random_transform(net, asked), "val": plain_transform(net, asked)}
     pictures = {split: datasets.ImageFolder(str(Path(asked.folder) / split), t) for split, t in transforms.items()}
     loaders = {
         split: torch.utils.data.DataLoader(
@@ -36,7 +36,7 @@ def main() -> None:
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam((p for p in net.parameters() if p.requires_grad), lr=asked.lr)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.1)
-    clock = Clock()
+    clock = Clock(stop_at=asked.stop_at)
     for _ in range(asked.epochs):
         accuracy = 0.0
         for split, loader in loaders.items():

@@ -9,6 +9,8 @@ A worker is started with its spec as JSON on the command line:
     lr        peak learning rate
     frozen    whether the head alone learns
     judge     whether the test pictures are judged at the end, outside the time
+    crops     false for pictures that stand in their middle: they are flipped and not cropped
+    stop_at   validation accuracy after which training ends
 
 and prints an EPOCH line after each epoch's validation, END when it has trained, and a RESULT line with its figures.
 """
@@ -28,7 +30,7 @@ from torchvision import transforms as T
 
 def spec() -> SimpleNamespace:
     """What this worker has to do."""
-    return SimpleNamespace(**json.loads(sys.argv[1]))
+    return SimpleNamespace(**{"crops": True, "stop_at": None, "fast": False, **json.loads(sys.argv[1])})
 
 
 def build(name: str, *, num_classes: int, weights: str, in_chans: int = 3) -> Any:
@@ -83,15 +85,16 @@ def normalization(net: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(config["mean"]), tuple(config["std"])
 
 
-def random_transform(net: Any, px: int) -> T.Compose:
-    """torchvision's usual augmentation of photographs."""
-    steps = [T.RandomResizedCrop(px), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(*normalization(net))]
-    return T.Compose(steps)
+def random_transform(net: Any, asked: SimpleNamespace) -> T.Compose:
+    """torchvision's usual augmentation."""
+    size = T.RandomResizedCrop(asked.px) if asked.crops else T.Resize(asked.px)
+    return T.Compose([size, T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(*normalization(net))])
 
 
-def plain_transform(net: Any, px: int) -> T.Compose:
-    """What pictures are judged through: shorter side at 8/7 of the square's, its middle."""
-    return T.Compose([T.Resize(round(px * 8 / 7)), T.CenterCrop(px), T.ToTensor(), T.Normalize(*normalization(net))])
+def plain_transform(net: Any, asked: SimpleNamespace) -> T.Compose:
+    """What pictures are judged through: shorter side at 8/7 of the square's, its middle; or all of it."""
+    side = round(asked.px * 8 / 7) if asked.crops else asked.px
+    return T.Compose([T.Resize(side), T.CenterCrop(asked.px), T.ToTensor(), T.Normalize(*normalization(net))])
 
 
 @torch.inference_mode()
@@ -99,7 +102,7 @@ def test_top1(model: nn.Module, net: Any, asked: SimpleNamespace) -> float | Non
     """Top-1 of a model on the test pictures, as `net` takes them; None where it was not asked for."""
     if not asked.judge:
         return None
-    pictures = datasets.ImageFolder(str(Path(asked.folder) / "test"), plain_transform(net, asked.px))
+    pictures = datasets.ImageFolder(str(Path(asked.folder) / "test"), plain_transform(net, asked))
     loader = torch.utils.data.DataLoader(pictures, batch_size=64)
     device = next(model.parameters()).device
     model.eval()
@@ -110,7 +113,8 @@ def test_top1(model: nn.Module, net: Any, asked: SimpleNamespace) -> float | Non
 class Clock:
     """Notes what the bench wants to know, from the moment that training begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, stop_at: float | None = None) -> None:
+        self._stop_at = stop_at
         self._began = time.monotonic()
         self.ends: list[float] = []
         self.accuracies: list[float] = []
@@ -120,6 +124,10 @@ class Clock:
         self.ends.append(time.monotonic() - self._began)
         self.accuracies.append(float(accuracy))
         print(f"EPOCH {len(self.ends)}: {accuracy:.4f} at {self.ends[-1]:.1f} s", flush=True)
+        if self._stop_at is not None and accuracy >= self._stop_at:
+            self.end()
+            self.tell()
+            raise SystemExit(0)
 
     def end(self) -> None:
         """Training is over: what comes after is not counted."""

@@ -39,27 +39,29 @@ def main() -> None:
         "use_prefetcher": device.type == "cuda",
         "device": device,
     }
-    train_loader = create_loader(train, is_training=True, color_jitter=0.4, interpolation="random", **common)
-    val_loader = create_loader(val, is_training=False, interpolation="bilinear", **common)
-    fast = getattr(asked, "fast", False)
-    if fast:
+    whole: dict[str, Any] = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    random = {"color_jitter": 0.4, "interpolation": "random", **({} if asked.crops else whole)}
+    train_loader = create_loader(train, is_training=True, **random, **common)
+    kept = 0.875 if asked.crops else 1.0
+    val_loader = create_loader(val, is_training=False, interpolation="bilinear", crop_pct=kept, **common)
+    if asked.fast:
         net.to(memory_format=torch.channels_last)
     if asked.frozen:
         freeze(net)
-    run: Any = torch.compile(net) if fast else net
-    autocast = torch.autocast(device.type, torch.bfloat16) if fast else nullcontext()
+    run: Any = torch.compile(net) if asked.fast else net
+    autocast = torch.autocast(device.type, torch.bfloat16) if asked.fast else nullcontext()
     optimizer = create_optimizer_v2(net, opt="adamw", lr=asked.lr, weight_decay=0.05)
     scheduler, _ = create_scheduler_v2(
         optimizer, sched="cosine", num_epochs=asked.epochs, warmup_epochs=0, updates_per_epoch=len(train_loader)
     )
     smoothed = LabelSmoothingCrossEntropy(smoothing=0.1).to(device)
-    clock, updates = Clock(), 0
+    clock, updates = Clock(stop_at=asked.stop_at), 0
     for epoch in range(asked.epochs):
         net.train()
         losses = AverageMeter()
         for cpu_pixels, cpu_labels in train_loader:
             pixels, labels = cpu_pixels.to(device), cpu_labels.to(device)
-            if fast:
+            if asked.fast:
                 pixels = pixels.contiguous(memory_format=torch.channels_last)
             with autocast:
                 loss = smoothed(run(pixels), labels)
