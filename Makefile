@@ -117,6 +117,7 @@ PEERS := .venv-peers
 bench_flags = $(if $(PAIRS),--pairs '$(PAIRS)') $(if $(PICTURES),$(if $(filter $(OF_PICTURES),$(1)),--pictures '$(PICTURES)'))
 
 bench: setup ## Thaw's speed against bare loops, as ratios [NAME=frozen] [PAIRS=5] [PICTURES=FOLDER]
+	$(if $(NAME),$(if $(wildcard bench/$(NAME).py),,$(error $(NAME): no such bench; there are $(BENCHES))))
 	$(foreach name,$(or $(NAME),$(patsubst bench/%.py,%,$(wildcard $(BENCHES:%=bench/%.py)))),\
 	  python bench/$(name).py $(call bench_flags,$(name)) &&) python bench/report.py
 

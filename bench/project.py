@@ -59,7 +59,7 @@ class Project:
         self.settings = dict(settings)
         if pictures is not None:
             self.settings |= {"data.name": "image_folder", "data.path": str(pictures.resolve())}
-        self.folder = KEPT / _key(self.settings)
+        self.folder = KEPT / _key(self.settings, pictures)
         done = self.folder / "prepared"
         if not done.exists():
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -99,7 +99,7 @@ class Project:
         for left in (self.folder / "data/cache", self.folder / "models/progress"):
             shutil.rmtree(left, ignore_errors=True)
         done = self.stage("train", environment=environment)
-        began = next(at for at, line in done.lines if line.split()[:2] == ["phase", "epochs"])
+        (began, *_) = [at for at, line in done.lines if line.split()[:2] == ["phase", "epochs"]]
         name = self.config.model.name
         with (self.folder / paths.CURVES).open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -248,8 +248,10 @@ def _save(picture: np.ndarray, path: Path) -> None:
     Image.fromarray(picture.squeeze()).save(path, quality=90)
 
 
-def _key(settings: Mapping[str, Any]) -> str:
+def _key(settings: Mapping[str, Any], pictures: Path | None) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for path in sorted(pictures.glob("*/*/*")) if pictures is not None else ():
+        digest.update(f"{path.relative_to(pictures)} {path.stat().st_size}".encode())
     for path in (ROOT / paths.PARAMS, *sorted((ROOT / "pipeline/data").glob("*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -11,6 +11,7 @@ from textwrap import fill
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from common import RESULTS, ROOT, table
 
@@ -110,7 +111,10 @@ def _ratios(comparisons: list[dict[str, Any]], path: Path) -> Path:
     ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if _within(t, axes.get_xlim())]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("ratio; dot: median, band: its 95% interval, line: range, green: target")
+    axes.set_xlabel(
+        "ratio: median, 95% interval (band), range (line), target (green); blue: met, red: not met, grey: none",
+        fontsize=8,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
     return path
@@ -125,15 +129,17 @@ def _within(value: float, edges: tuple[float, float]) -> bool:
 
 
 def _series(series: dict[str, Any], path: Path) -> Path:
-    """A panel per curve; axes begin at zero, and times are this machine's."""
+    """A panel per curve, in multiples of Thaw's first point: seconds would be a claim."""
     figure = Figure(figsize=(WIDTH_IN, 3.2), dpi=DPI)
     figure.set_layout_engine("constrained")
     panels = figure.subplots(1, len(series), squeeze=False)[0]
     for axes, curve in zip(panels, series.values(), strict=True):
-        for colour, (side, points) in zip((OURS, NEUTRAL), curve["points"].items(), strict=False):
-            axes.plot([float(x) for x in points], list(points.values()), "o-", color=colour, label=side)
+        unit = next(iter(curve["points"]["Thaw"].values()))
+        for colour, (side, points) in zip((OURS, NEUTRAL), curve["points"].items(), strict=True):
+            axes.plot([float(x) for x in points], [y / unit for y in points.values()], "o-", color=colour, label=side)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlabel(curve["x"])
-        axes.set_ylabel(curve["y"])
+        axes.set_ylabel(f"{curve['y']}\n(Thaw's first point: 1)")
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
     panels[0].legend(fontsize=8)

@@ -91,7 +91,7 @@ def _pictures(bench: Bench, asked: argparse.Namespace) -> None:
         )
         for name, values in zip(points, found.values(), strict=True):
             points[name][number] = statistics.median(values)
-    _draw(bench, "pictures", points, x=f"pictures, {SMALL_PX} px", y="an epoch of fine-tuning, s")
+    _draw(bench, "pictures", points, x=f"pictures, {SMALL_PX} px", y="time of an epoch of fine-tuning")
 
 
 def _epochs(bench: Bench, asked: argparse.Namespace) -> None:
@@ -106,7 +106,7 @@ def _epochs(bench: Bench, asked: argparse.Namespace) -> None:
     found = rounds({f"{name}, {count} epochs": turn for (name, count), turn in turns.items()}, number=asked.pairs)
     for (name, count), values in zip(turns, found.values(), strict=True):
         points[name][count] = statistics.median(values)
-    _draw(bench, "epochs", points, x=f"frozen epochs, {PX} px", y="training, s")
+    _draw(bench, "epochs", points, x=f"frozen epochs, {PX} px", y="time of training")
 
 
 def _over_threads(bench: Bench, asked: argparse.Namespace) -> None:
@@ -122,7 +122,7 @@ def _over_threads(bench: Bench, asked: argparse.Namespace) -> None:
         )
         for name, values in zip(points, found.values(), strict=True):
             points[name][threads] = statistics.median(values)
-    _draw(bench, "threads", points, x="threads", y="an epoch of fine-tuning, s")
+    _draw(bench, "threads", points, x="threads", y="time of an epoch of fine-tuning")
 
 
 def _draw(bench: Bench, name: str, points: dict[str, dict[int, float]], *, x: str, y: str) -> None:

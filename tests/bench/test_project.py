@@ -59,7 +59,7 @@ def test_validation_may_be_the_published_one(project: Any) -> None:
         assert (both / split).resolve() == (photographs / source).resolve()
 
 
-def test_a_change_of_settings_or_of_the_data_code_prepares_anew(
+def test_a_change_of_settings_pictures_or_the_data_code_prepares_anew(
     project: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     root = tmp_path / "tree"
@@ -67,8 +67,12 @@ def test_a_change_of_settings_or_of_the_data_code_prepares_anew(
     (root / "params.yaml").write_text("a")
     (root / "pipeline/data/store.py").write_text("b")
     monkeypatch.setattr(project, "ROOT", root)
-    first = project._key({"augment.px": 64})
-    assert project._key({"augment.px": 64}) == first
-    assert project._key({"augment.px": 72}) != first
+    first = project._key({"augment.px": 64}, None)
+    assert project._key({"augment.px": 64}, None) == first
+    assert project._key({"augment.px": 72}, None) != first
+    photographs = project.drawn(train=2, val=1)
+    of_pictures = project._key({"augment.px": 64}, photographs)
+    next(photographs.glob("val/*/*")).write_bytes(b"another")
+    assert len({first, of_pictures, project._key({"augment.px": 64}, photographs)}) == 3
     (root / "pipeline/data/store.py").write_text("c")
-    assert project._key({"augment.px": 64}) != first
+    assert project._key({"augment.px": 64}, None) != first
