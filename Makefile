@@ -7,14 +7,14 @@ export DVC_NO_ANALYTICS := 1
 STAMP := $(VENV)/.lock-installed
 
 # A misspelt variable would be ignored, and the default trained.
-KNOWN := MODEL MODELS EPOCHS SET NAME SIZE PX SEARCH PORT FOLDS OFF SEEDS TRIALS PYTHON VENV
+KNOWN := MODEL MODELS EPOCHS SET NAME SIZE PX SEARCH PORT FOLDS OFF SEEDS TRIALS PAIRS PICTURES PYTHON VENV
 UNKNOWN := $(filter-out $(KNOWN) MAKEFLAGS MFLAGS,$(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$v)))
 ifneq ($(strip $(UNKNOWN)),)
 $(error $(UNKNOWN): no such variable; known: $(KNOWN))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-cpu repro train study crossval ablate tune ensemble schedule test test-all lint format ui compare models summary restore lock clean
+.PHONY: help setup setup-cpu repro train study crossval ablate tune ensemble schedule test test-all lint format ui compare models summary restore bench bench-peers bench-gpu lock clean
 
 PIP := python -m pip install --disable-pip-version-check --quiet
 
@@ -30,7 +30,7 @@ $(PIP) --no-deps --no-build-isolation --editable .
 endef
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## make .venv from requirements.lock; does nothing when it is up to date
 
@@ -109,10 +109,37 @@ summary: setup ## a net layer by layer: MODEL=scratch/vgg16 [PX=64]
 restore: setup ## train a U-Net to restore damaged pictures, for its encoder's weights [EPOCHS=20]
 	@python -m pipeline restore $(if $(EPOCHS),--epochs $(EPOCHS))
 
+# From cheap to dear. A bench's --help says what it compares and how long it takes.
+BENCHES := startup step evaluate memory datapath throughput frozen loop scaling accuracy
+# Those whose pictures may be one's own.
+OF_PICTURES := frozen loop accuracy
+PEERS := .venv-peers
+bench_flags = $(if $(PAIRS),--pairs '$(PAIRS)') $(if $(PICTURES),$(if $(filter $(OF_PICTURES),$(1)),--pictures '$(PICTURES)'))
+
+bench: setup ## Thaw's speed against bare loops, as ratios [NAME=frozen] [PAIRS=5] [PICTURES=FOLDER]
+	$(if $(NAME),$(if $(wildcard bench/$(NAME).py),,$(error $(NAME): no such bench; there are $(BENCHES))))
+	$(foreach name,$(or $(NAME),$(patsubst bench/%.py,%,$(wildcard $(BENCHES:%=bench/%.py)))),\
+	  python bench/$(name).py $(call bench_flags,$(name)) &&) python bench/report.py
+
+bench-peers: setup $(PEERS)/.installed ## the same against fastai, Hugging Face's Trainer and timm's loop, in .venv-peers
+	python bench/loop.py --peers --json bench/results/loop_peers.json $(call bench_flags,loop)
+	python bench/frozen.py --part plain --peers --json bench/results/frozen_peers.json $(call bench_flags,frozen)
+	python bench/accuracy.py --peers --json bench/results/accuracy_peers.json $(call bench_flags,accuracy)
+	python bench/report.py
+
+$(PEERS)/.installed: bench/peers.txt
+	$(check_python)
+	$(PYTHON) -m venv --clear $(PEERS)
+	$(PEERS)/bin/python -m pip install --disable-pip-version-check --quiet -r bench/peers.txt
+	@touch $@
+
+bench-gpu: setup ## throughput of large nets against bare steps and timm's loop, where there is a GPU
+	@python bench/gpu.py $(if $(PAIRS),--pairs '$(PAIRS)')
+
 lock: ## resolve requirements.lock anew (needs uv)
 	uv pip compile --universal --generate-hashes --python-version 3.11 --extra dev --no-annotate --no-header \
 	  --quiet --output-file requirements.lock pyproject.toml
 
 clean: ## remove the environment, the caches and what the stages made; pictures of yours and MLflow's runs stay
-	rm -rf $(VENV) data/raw data/prepared data/cache .dvc/cache .dvc/tmp .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) data/raw data/prepared data/cache .dvc/cache .dvc/tmp .mypy_cache .pytest_cache .ruff_cache
 	find models -mindepth 1 -maxdepth 1 ! -name no-weights ! -name metrics.json -exec rm -rf {} +

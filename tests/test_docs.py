@@ -19,7 +19,7 @@ README, CONTRIBUTING, PARAMETERS, TRAINING = (
 )
 
 
-DOCS = ("parameters", "summary", "experiments", "training")
+DOCS = ("parameters", "summary", "experiments", "training", "performance")
 
 
 def _parameters() -> list[str]:

@@ -1,0 +1,175 @@
+"""Time to a given validation accuracy, from the moment that the net stands.
+
+    python bench/accuracy.py [--case photographs fashion_90 fashion_93] [--pairs 5] [--pictures FOLDER] [--peers]
+
+    photographs   0.94 on val/ of the folder given (needs --pictures: drawn pictures mean nothing), 224 px. Thaw trains
+                  the head on frozen layers, cached where this tree can, then the last block; the others, which compute
+                  frozen layers again, the head
+    fashion_90    0.90 on 1,200 of 12,000 pictures of Fashion-MNIST, 64 px: Thaw's default schedule
+    fashion_93    0.93 on 6,000 of 60,000 of them
+
+All start from the same weights of tf_efficientnet_lite0, see the same pictures and validate after each epoch. The time
+is that of the first epoch's end at which the accuracy is reached, validation included; whoever does not reach it in the
+epochs given is said to be missing. The others are the plain PyTorch loop and, with --peers, Hugging Face's Trainer,
+timm's loop and fastai. A round without --peers takes on two cores about 3 minutes for photographs (the default case),
+4 for fashion_90 and 20 for fashion_93, of which one round (--pairs 1) may have to do.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import PEERS_PYTHON, Bench, Comparison, has_bf16, parser, peers_missing, ratios, rounds, worker
+from loop import PEERS
+from project import PYTHON, Project, both_ways, chosen
+
+NET, BATCH, WORKERS = "tf_efficientnet_lite0", 32, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One accuracy on one set of pictures."""
+
+    accuracy: float
+    px: int
+    settings: dict[str, Any]
+    """Thaw's, of the stages before train."""
+    training: dict[str, Any]
+    """Thaw's, of train."""
+    frozen: bool
+    """Whether the others train the head alone."""
+    lr: float
+    epochs: int
+    """That the others have at most."""
+    crops: bool = True
+
+
+_DEFAULT = {"train.transforms": {"horizontal_flip": {"p": 0.5}}}
+CASES = {
+    "photographs": Case(
+        accuracy=0.94,
+        px=224,
+        settings={"augment.px": 256, "augment.train_size": "all"},
+        training={
+            "train.phases": {
+                "frozen": {"trainable": "head", "epochs": 12, "strength": 0},
+                "finetune": {"trainable": "last:1", "epochs": 3, "lr": 1e-4},
+            },
+            "train.transforms": {"random_resized_crop": {"scale": [0.5, 1.0]}, "horizontal_flip": {"p": 0.5}},
+        },
+        frozen=True,
+        lr=3e-3,
+        epochs=12,
+    ),
+    "fashion_90": Case(
+        accuracy=0.90,
+        px=64,
+        settings={"data.name": "fashion_mnist", "augment.px": 64, "augment.train_size": 12000},
+        training=_DEFAULT,
+        frozen=False,
+        lr=1e-3,
+        epochs=6,
+        crops=False,
+    ),
+    "fashion_93": Case(
+        accuracy=0.93,
+        px=64,
+        settings={"data.name": "fashion_mnist", "augment.px": 64, "augment.train_size": "all"},
+        training=_DEFAULT,
+        frozen=False,
+        lr=1e-3,
+        epochs=4,
+        crops=False,
+    ),
+}
+
+
+def main() -> None:
+    """Measures the cases asked for."""
+    made = parser(__doc__)
+    made.add_argument("--case", nargs="+", choices=CASES, default=["photographs"])
+    asked = made.parse_args()
+    bench = Bench("accuracy", asked)
+    bench.settings = {"net": NET, "batch": BATCH, "workers": WORKERS}
+    for name in ["fashion_90"] if asked.quick else asked.case:
+        if name == "photographs" and not any((asked.pictures / "train").glob("*/*")):
+            bench.lacks(f"time to {CASES[name].accuracy} on photographs: {asked.pictures} has none")
+        else:
+            _measure(bench, name, CASES[name], asked)
+    bench.write()
+
+
+def _measure(bench: Bench, name: str, case: Case, asked: argparse.Namespace) -> None:
+    pictures = both_ways(asked.pictures) if name == "photographs" else None
+    accuracy = 0.05 if asked.quick else case.accuracy
+    smaller = {"augment.px": 32, "augment.train_size": 100} if asked.quick else {}
+    project = Project({"model.name": NET, **case.settings, **smaller}, pictures=pictures)
+    px = 32 if asked.quick else case.px
+    settings = {"train.px": px, "train.batch_size": BATCH, "tracking.log_model": False, **case.training}
+    settings |= project.fast(px=px)
+    if project.knows("cache"):
+        settings["train.cache"] = "bf16" if has_bf16() else "fp32"
+    settings |= chosen(asked)
+    spec = {
+        "folder": str(project.shared()),
+        "net": NET,
+        "weights": project.weights(),
+        "px": px,
+        "batch": BATCH,
+        "epochs": 1 if asked.quick else case.epochs,
+        "lr": case.lr,
+        "workers": WORKERS,
+        "frozen": case.frozen,
+        "judge": False,
+        "crops": case.crops,
+        "stop_at": accuracy,
+    }
+
+    def thaw() -> float | None:
+        done = project.train(settings)
+        return reached(done.ends, done.accuracies, accuracy)
+
+    def peer(file: str, python: str | Path) -> float | None:
+        told = worker(file, spec, python=python).told
+        return reached(told["ends"], told["accuracies"], accuracy)
+
+    turns: dict[str, Callable[[], float | None]] = {
+        "Thaw": thaw,
+        "the plain PyTorch loop": lambda: peer("plain.py", PYTHON),
+    }
+    for other, (file, module) in PEERS.items() if asked.peers else ():
+        if why := peers_missing(module):
+            bench.lacks(f"{other}: {why}")
+        else:
+            turns[other] = lambda file=file: peer(file, PEERS_PYTHON)
+    _compare(bench, f"{accuracy:g} on {name}", rounds(turns, number=asked.pairs))
+
+
+def _compare(bench: Bench, what: str, found: dict[str, list[float | None]]) -> None:
+    ours = found.pop("Thaw")
+    for other, theirs in found.items():
+        both = [(own, their) for own, their in zip(ours, theirs, strict=True) if own and their]
+        if len(both) < len(ours):
+            late = ", ".join(n for n, values in (("Thaw", ours), (other, theirs)) if None in values)
+            bench.lacks(f"time to {what} against {other}: {late} did not reach it in {len(ours) - len(both)} rounds")
+            continue
+        own, their = [own for own, _ in both], [their for _, their in both]
+        bench.comparisons.append(
+            Comparison(
+                name=f"time to a validation accuracy of {what}, against {other}",
+                ratio_of="their time / Thaw's",
+                ratios=ratios(their, own),
+                sides={"Thaw, s": own, f"{other}, s": their},
+            )
+        )
+
+
+def reached(ends: Sequence[float], accuracies: Sequence[float], accuracy: float) -> float | None:
+    """The end of the first epoch with that accuracy; None where there is none."""
+    return next((end for end, found in zip(ends, accuracies, strict=True) if found >= accuracy), None)
+
+
+if __name__ == "__main__":
+    main()

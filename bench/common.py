@@ -1,0 +1,337 @@
+"""What every comparison shares: sides that take turns, ratios pair by pair, facts of the machine, results as JSON.
+
+A ratio is always (time of the other side) / (time of Thaw), or (rate of Thaw) / (rate of the other side): above 1 Thaw
+is the faster. Where a comparison is of a cost, it says so. Each round runs every side once, one after another, so that
+what else the machine does falls on all alike; a ratio is taken within a round, and their median, range and a bootstrap
+interval of the median are reported.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench/results"
+PEERS_PYTHON = ROOT / ".venv-peers/bin/python"
+"""The interpreter of `make bench-peers`."""
+RESAMPLES, COVERAGE = 2000, 0.95
+TOLD = "RESULT "
+"""What the line with a worker's figures begins with."""
+
+# The tree that this file stands in is measured, whichever is installed.
+sys.path.insert(0, str(ROOT))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a median ratio has to reach."""
+
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def met(self, ratio: float) -> bool:
+        """Whether `ratio` reaches it."""
+        return (self.at_least is None or ratio >= self.at_least) and (self.at_most is None or ratio <= self.at_most)
+
+    def __str__(self) -> str:
+        return f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One ratio, measured in several rounds."""
+
+    name: str
+    """What is compared, in a few words."""
+    ratio_of: str
+    """What is divided by what."""
+    ratios: Sequence[float]
+    """A ratio per round."""
+    target: Target | None = None
+    holds: bool = True
+    """What has to be true beside the ratio, such as an accuracy."""
+    notes: str = ""
+    """What has to be known to read it."""
+    sides: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """The two sides' own figures, a value per round, in the unit that `ratio_of` implies; no claims."""
+
+    def facts(self) -> dict[str, Any]:
+        """As it stands in a results file."""
+        ratio = statistics.median(self.ratios)
+        low, high = np.quantile(self.ratios, [0.25, 0.75])
+        return {
+            "name": self.name,
+            "ratio_of": self.ratio_of,
+            "rounds": len(self.ratios),
+            "median": _short(ratio),
+            "min": _short(min(self.ratios)),
+            "max": _short(max(self.ratios)),
+            "quartiles": [_short(low), _short(high)],
+            "interval": [_short(edge) for edge in interval(self.ratios)],
+            "target": str(self.target) if self.target else "",
+            "met": self.holds and self.target.met(ratio) if self.target else None,
+            "notes": self.notes,
+            "ratios": [_short(value) for value in self.ratios],
+            "sides": {name: [_short(value) for value in values] for name, values in self.sides.items()},
+        }
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Bootstrap interval of the median, percentile method (Efron 1979); wide where there are few values."""
+    draw = np.random.default_rng(0)
+    medians = np.median(draw.choice(np.asarray(values), size=(RESAMPLES, len(values))), axis=1)
+    low, high = np.quantile(medians, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+    return float(low), float(high)
+
+
+def ratios(dividends: Sequence[float], divisors: Sequence[float]) -> list[float]:
+    """Ratio by ratio, within rounds."""
+    return [dividend / divisor for dividend, divisor in zip(dividends, divisors, strict=True)]
+
+
+def rounds(sides: Mapping[str, Callable[[], Any]], *, number: int) -> dict[str, list[Any]]:
+    """What each side gave, a value per round; the sides take turns in their order."""
+    found: dict[str, list[Any]] = {name: [] for name in sides}
+    for turn in range(number):
+        for name, side in sides.items():
+            began = time.monotonic()
+            found[name].append(side())
+            print(f"round {turn + 1}/{number}  {name}: {time.monotonic() - began:.1f} s in all", flush=True)
+    return found
+
+
+@dataclass(frozen=True)
+class Done:
+    """A process that has ended well."""
+
+    seconds: float
+    """From its start to its end."""
+    lines: list[tuple[float, str]]
+    """What it printed, each line with the seconds since the process's start."""
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """The figures of a worker's last RESULT line."""
+        found: dict[str, Any] = json.loads(self.line(TOLD)[1].removeprefix(TOLD))
+        return found
+
+    def line(self, begin: str) -> tuple[float, str]:
+        """The last line that begins so, with its time.
+
+        Raises:
+            SystemExit: there is none.
+        """
+        matching = [(at, line) for at, line in self.lines if line.startswith(begin)]
+        if not matching:
+            last = [line for _, line in self.lines[-20:]]
+            raise SystemExit("\n".join([f"no line {begin!r} came; the last were:", *last]))
+        return matching[-1]
+
+
+def run(words: Sequence[str | Path], *, folder: Path, environment: Mapping[str, str] | None = None) -> Done:
+    """Runs a process to its end, in an environment that reaches no hub and keeps no telemetry.
+
+    Raises:
+        SystemExit: it failed; with the end of what it said.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
+    settings = {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "DVC_NO_ANALYTICS": "1",
+        **(environment or {}),
+    }
+    lines: list[tuple[float, str]] = []
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+        began = time.monotonic()
+        process = subprocess.Popen(
+            [str(word) for word in words],
+            cwd=folder,
+            env={**kept, **settings},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        assert process.stdout is not None
+        with process:
+            lines.extend((time.monotonic() - began, line.rstrip("\n")) for line in process.stdout)
+        seconds = time.monotonic() - began
+        if process.returncode:
+            errors.seek(0)
+            said = [line for _, line in lines[-10:]] + errors.read().splitlines()[-20:]
+            command = shlex.join(str(word) for word in words)
+            raise SystemExit("\n".join([f"exit code {process.returncode}: {command}", *said]))
+    return Done(seconds, lines)
+
+
+def worker(
+    file: str,
+    spec: Mapping[str, Any],
+    *,
+    python: str | Path = sys.executable,
+    environment: Mapping[str, str] | None = None,
+) -> Done:
+    """Runs a file of bench/peers/ in a process of its own; it reads its spec from the command line as JSON."""
+    return run([python, ROOT / "bench/peers" / file, json.dumps(spec)], folder=ROOT, environment=environment)
+
+
+def later(told: Mapping[str, Any]) -> float:
+    """Mean seconds of a worker's epochs after the first."""
+    ends = told["ends"]
+    return float(ends[-1] - ends[0]) / (len(ends) - 1)
+
+
+def peers_missing(module: str) -> str:
+    """Why a peer cannot run, in a line; empty where it can."""
+    if not PEERS_PYTHON.exists():
+        return "the peers' environment is missing: `make bench-peers` makes it"
+    found = subprocess.run([PEERS_PYTHON, "-c", f"import {module}"], capture_output=True, text=True, check=False)
+    return "" if found.returncode == 0 else f"{module} does not import there: {found.stderr.strip().splitlines()[-1]}"
+
+
+def machine() -> dict[str, Any]:
+    """Facts that a figure depends on."""
+    facts = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "usable_cores": cores(),
+        "bf16": has_bf16(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "threads": os.environ.get("OMP_NUM_THREADS", "one a core"),
+        "load": round(os.getloadavg()[0], 2),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "date": datetime.now().astimezone().date().isoformat(),
+    }
+    for name in ("torch", "torchvision", "lightning", "timm"):
+        facts[name] = metadata.version(name)
+    return facts
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def has_bf16() -> bool:
+    """Whether the processor computes in bf16 itself, as far as it says."""
+    path = Path("/proc/cpuinfo")
+    return path.exists() and any(flag in path.read_text(encoding="utf-8") for flag in ("avx512_bf16", "amx_bf16"))
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@dataclass
+class Bench:
+    """A bench's results as they grow; `write` ends it."""
+
+    name: str
+    asked: argparse.Namespace
+    comparisons: list[Comparison] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    series: dict[str, Any] = field(default_factory=dict)
+    """What is drawn and not compared."""
+    facts: dict[str, Any] = field(default_factory=machine)
+
+    def lacks(self, what: str) -> None:
+        """Notes, and says, what could not be measured."""
+        self.missing.append(what)
+        print(f"not measured: {what}", flush=True)
+
+    def write(self) -> None:
+        """Prints the table, and writes the JSON file where one was named or the bench was run whole."""
+        found = {
+            "bench": self.name,
+            "command": shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *_without_folders(sys.argv[1:])]),
+            "quick": self.asked.quick,
+            "machine": self.facts,
+            "settings": self.settings,
+            "comparisons": [comparison.facts() for comparison in self.comparisons],
+            "missing": self.missing,
+            "series": self.series,
+        }
+        print(table([found]))
+        path = self.asked.json or (None if self.asked.quick else RESULTS / f"{self.name}.json")
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            print(f"written to {path}")
+
+
+def _without_folders(words: Sequence[str]) -> list[str]:
+    """A command line without the folders of one machine."""
+    return ["FOLDER" if "/" in word and Path(word).is_absolute() else word for word in words]
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of every comparison in some results files."""
+    lines = [
+        "| comparison | ratio | median | range | 95% interval | rounds | target | |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for result in results:
+        for c in result["comparisons"]:
+            cells = [
+                c["name"] + (f". {c['notes']}" if c["notes"] else ""),
+                c["ratio_of"],
+                f"{c['median']:.3g}",
+                f"{c['min']:.3g} to {c['max']:.3g}",
+                f"{c['interval'][0]:.3g} to {c['interval'][1]:.3g}",
+                str(c["rounds"]),
+                c["target"],
+                {None: "", True: "met", False: "**not met**"}[c["met"]],
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def parser(doc: str | None, *, pairs: int = 5) -> argparse.ArgumentParser:
+    """The arguments that every bench has."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--pairs", type=int, default=pairs, help=f"rounds; {pairs} unless said")
+    made.add_argument("--quick", action="store_true", help="a smoke test of seconds; its figures mean nothing")
+    made.add_argument("--json", type=Path, help="file for the results, in place of bench/results/NAME.json")
+    made.add_argument(
+        "--pictures",
+        type=Path,
+        default=Path("data/pictures"),
+        help="folder with train/ and val/ of class folders; drawn pictures of the same shapes where there are none",
+    )
+    made.add_argument("--peers", action="store_true", help="also against what stands in the peers' environment")
+    made.add_argument("--set", nargs="*", default=[], help="further parameters of Thaw's, as section.key=value")
+    return made
+
+
+def refuse(message: str) -> NoReturn:
+    """Ends with one line and exit code 2."""
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")

@@ -1,0 +1,99 @@
+"""Fine-tuning all of a net from JPEGs: Thaw against the plain PyTorch loop, and against others with --peers.
+
+    python bench/loop.py [--px 64 128 224] [--pairs 5] [--pictures FOLDER] [--peers]
+
+tf_efficientnet_lite0, random resized crops and flips, three epochs over a folder of photographs (drawn ones where none
+are given). The time is that of an epoch after the first, validation included; what Thaw does once (packing) and what a
+start costs are outside. Targets against the plain loop (peers/plain.py): 1.5 at 64 and 128 px, 2 at 224 px. The peers
+are Hugging Face's Trainer, timm's loop and fastai, each in its documented way (bench/peers/). On two cores 10 minutes;
+with --peers, at 128 px alone unless --px says otherwise, 12.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from common import PEERS_PYTHON, Bench, Comparison, Target, later, parser, peers_missing, ratios, rounds, worker
+from project import PYTHON, Project, chosen, pictures_or_drawn
+
+NET = "tf_efficientnet_lite0"
+PEERS = {
+    "Hugging Face's Trainer": ("hf_trainer.py", "transformers"),
+    "timm's loop": ("timm_loop.py", "timm"),
+    "fastai": ("fastai_learner.py", "fastai"),
+}
+BATCH, LR, WORKERS, EPOCHS = 32, 1e-3, 2, 3
+PACKED = 8 / 7
+"""Side of a packed picture by that which the net sees: room for crops."""
+SMALL, LARGE = Target(at_least=1.5), Target(at_least=2)
+LARGE_PX = 224
+
+
+def main() -> None:
+    """Measures every size."""
+    made = parser(__doc__)
+    made.add_argument("--px", nargs="+", type=int, default=[])
+    asked = made.parse_args()
+    sizes = asked.px or ([32] if asked.quick else [128] if asked.peers else [64, 128, 224])
+    pictures, real = pictures_or_drawn(asked.pictures, **({"train": 48, "val": 16} if asked.quick else {}))
+    bench = Bench("loop", asked)
+    bench.settings = {"net": NET, "batch": BATCH, "epochs": EPOCHS, "workers": WORKERS, "photographs": real}
+    for px in sizes:
+        _measure(bench, pictures, asked, px=px)
+    bench.write()
+
+
+def _measure(bench: Bench, pictures: Any, asked: argparse.Namespace, *, px: int) -> None:
+    project = Project(
+        {"model.name": NET, "augment.px": round(px * PACKED), "augment.train_size": "all"}, pictures=pictures
+    )
+    epochs = 2 if asked.quick else EPOCHS
+    settings = {
+        "train.px": px,
+        "train.batch_size": BATCH,
+        "train.lr": LR,
+        "train.phases": {"finetune": {"trainable": "all", "epochs": epochs}},
+        "train.transforms": {"random_resized_crop": {"scale": [0.08, 1.0]}, "horizontal_flip": {"p": 0.5}},
+        "tracking.log_model": False,
+        **project.fast(px=px),
+        **chosen(asked),
+    }
+    spec = {
+        "folder": str(project.shared()),
+        "net": NET,
+        "weights": project.weights(),
+        "px": px,
+        "batch": BATCH,
+        "epochs": epochs,
+        "lr": LR,
+        "workers": WORKERS,
+        "frozen": False,
+        "judge": False,
+    }
+    turns: dict[str, Callable[[], float]] = {
+        "Thaw": lambda: statistics.fmean(project.train(settings).epochs[1:]),
+        "the plain PyTorch loop": lambda: later(worker("plain.py", spec, python=PYTHON).told),
+    }
+    for name, (file, module) in PEERS.items() if asked.peers else ():
+        if why := peers_missing(module):
+            bench.lacks(f"{name}: {why}")
+        else:
+            turns[name] = lambda file=file: later(worker(file, spec, python=PEERS_PYTHON).told)
+    found = rounds(turns, number=asked.pairs)
+    ours = found.pop("Thaw")
+    for name, theirs in found.items():
+        target = (LARGE if px >= LARGE_PX else SMALL) if "plain" in name else None
+        bench.comparisons.append(
+            Comparison(
+                name=f"fine-tuning from JPEGs against {name}, {NET} at {px} px",
+                ratio_of="their epoch / Thaw's",
+                ratios=ratios(theirs, ours),
+                target=target,
+                sides={"Thaw, s": ours, f"{name}, s": theirs},
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()
