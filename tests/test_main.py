@@ -1,7 +1,6 @@
 """The command line: light, and every mistake is one line."""
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -29,24 +28,6 @@ def _thaw(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pipeline", *words], cwd=cwd, capture_output=True, text=True, check=False
     )
-
-
-@pytest.mark.parametrize("words", [["--help"], ["predict", "--help"], ["check"]])
-def test_light_commands_load_neither_torch_nor_mlflow(words: list[str], tmp_path: Path) -> None:
-    # A net of ours: timm's names are timm's to check, unless the weights stage has been through it.
-    named = re.sub(r"(?m)^  name: tf_\S+", "  name: scratch/lenet5", (ROOT / "params.yaml").read_text())
-    (tmp_path / "params.yaml").write_text(named)
-    (tmp_path / "data" / "pictures").mkdir(parents=True)
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "no-weights").touch()
-    code = (
-        "import sys; from pipeline.__main__ import main\n"
-        f"try: code = main({words!r})\n"
-        "except SystemExit as stop: code = stop.code\n"
-        "print(code, sorted({'torch', 'mlflow', 'timm', 'pandas', 'cv2'} & set(sys.modules)), file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stderr == "0 []\n"
 
 
 def test_help_has_every_command() -> None:

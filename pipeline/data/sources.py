@@ -16,9 +16,6 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
-import requests
-import urllib3
-
 from pipeline.errors import UserError
 
 Log = Callable[[str], None]
@@ -154,6 +151,9 @@ class Publisher:
             self.fetch(file, raw=raw, state=state, log=log)
 
     def _download(self, file: File, *, part: Path, log: Log) -> None:
+        import requests
+        import urllib3
+
         reason = ""
         for _ in range(ATTEMPTS):
             start = _size(part)
@@ -174,6 +174,8 @@ class Publisher:
 
     def _request(self, file: File, *, start: int, part: Path, log: Log) -> bool:
         """One request for the bytes from `start`; false if the server cannot go on from there."""
+        import requests
+
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
         timeout = (self.connect_seconds, self.read_seconds)
         with requests.get(self.url + file.name, headers=headers, stream=True, timeout=timeout) as response:
@@ -207,6 +209,8 @@ def check_reachable(url: str, *, seconds: float = 5) -> None:
         SourceError: no connection within `seconds`, in all: name resolution, which cannot be interrupted, and every
             address of the host share them.
     """
+    import requests
+
     proxy = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url))
     target = proxy or url
     parts = urlsplit(target if "://" in target else f"http://{target}")

@@ -6,9 +6,12 @@ Importing this module, or listing `scratch_names`, loads neither torch nor timm.
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pipeline.errors import UserError, nearest
@@ -45,6 +48,8 @@ _FAMILIES = {
 """Each file of this folder, in the order of the papers, with its nets. A net is a function of its name there: it takes
 num_classes, in_chans and drop_rate, keyword-only, and whichever of drop_path_rate, stem and recompute the family has.
 """
+_REGISTERED = re.compile(r"^@register_model\s+def (\w+)\(", re.MULTILINE)
+"""How timm's source names a net."""
 _SCRATCH = {name: family for family, members in _FAMILIES.items() for name in members.split()}
 
 
@@ -168,7 +173,7 @@ def _constructed(name: str, construct: "Callable[..., nn.Module]", optional: dic
 
 
 def check(name: str) -> None:
-    """Refuses a name that no net has.
+    """Refuses a name that no net has; loads timm, and torch with it, for a name with a tag of weights alone.
 
     Raises:
         UserError: With the nearest names.
@@ -177,18 +182,18 @@ def check(name: str) -> None:
         return
     if ":" in name:
         raise UserError(f"{name}: nets are named as timm names them; for other weights give model.weights=FILE")
-    import timm
-
-    known = timm.list_models()
+    known = _timm_names()
     if name in known:
         return
     architecture, _, tag = name.partition(".")
     if tag and architecture in known:
+        import timm
+
         tagged = timm.list_models(architecture, include_tags=True)
         if name not in tagged:
             raise UserError(f"{name}: timm has no such weights for {architecture}{nearest(name, tagged)}")
         return
-    raise _unknown(name, [*scratch_names(), *known])
+    raise _unknown(name, [*scratch_names(), *sorted(known)])
 
 
 def is_scratch(name: str) -> bool:
@@ -214,6 +219,16 @@ def names(pattern: str = "*") -> list[str]:
     import timm
 
     return fnmatch.filter([*scratch_names(), *timm.list_models()], pattern)
+
+
+@cache
+def _timm_names() -> frozenset[str]:
+    """timm's nets, out of its source: importing it takes seconds."""
+    spec = find_spec("timm")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    files = (file for folder in spec.submodule_search_locations for file in Path(folder, "models").rglob("*.py"))
+    return frozenset(name for file in files for name in _REGISTERED.findall(file.read_text(encoding="utf-8")))
 
 
 def min_px(net: "nn.Module") -> int:

@@ -19,18 +19,42 @@ from pipeline.training.pretrained import Origin
 if TYPE_CHECKING:
     from torch import Tensor
 
+WEIGHTS = "weights.safetensors"
+
 
 def run(config: Config) -> None:
     """Writes weights.safetensors (none for a random start) and origin.json."""
     model = config.model
+    if (standing := _standing(model)) is not None:
+        _report(model, standing)
+        return
     state, origin = _choose(model)
     with fresh_folder(paths.pretrained(model.name)) as folder:
         if state is not None:
-            file = folder / "weights.safetensors"
+            file = folder / WEIGHTS
             weights.save_state(file, state)
-            origin = replace(origin, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+            origin = replace(origin, sha256=_digest(file))
         origin.write(folder)
     _report(model, origin)
+
+
+def _standing(model: ModelParams) -> Origin | None:
+    """The origin of a public source's weights that lie here whole already: they follow from the net's name alone.
+
+    DVC takes the out away before it runs the stage, so `dvc repro -f weights` fetches anew all the same.
+    """
+    folder = paths.pretrained(model.name)
+    file = folder / WEIGHTS
+    wanted = model.pretrained is not False and Path(model.weights) == paths.NO_WEIGHTS
+    if not wanted or model.stem != nets.DEFAULT_STEM or not file.exists():
+        return None
+    origin = Origin.read(folder)
+    return origin if origin.start == "pretrained" and origin.sha256 == _digest(file) else None
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _choose(model: ModelParams) -> "tuple[dict[str, Tensor] | None, Origin]":

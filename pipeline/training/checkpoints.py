@@ -169,13 +169,14 @@ class Stop:
 
 
 def readable(folder: Path) -> Path | None:
-    """The last checkpoint of a folder that can be read in full, without executing what it may hold; None for none."""
+    """The last checkpoint of a folder that is whole and executes nothing when it is read; None for none."""
     for name in (LAST, BEFORE):
         path = folder / name
         if not path.exists():
             continue
         try:
-            torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped: the tensors are read once, by whoever loads them. What is cut short or pickled wrongly shows here.
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
             warn(f"{path} cannot be read ({(str(error) or type(error).__name__).splitlines()[0]}); the one before is")
             continue

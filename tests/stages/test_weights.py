@@ -84,11 +84,28 @@ def test_weights_of_a_source_are_written_with_their_origin(monkeypatch: pytest.M
     assert all(torch.equal(written[key], state[key]) for key in state)
 
 
-def test_auto_without_a_source_starts_at_random_and_says_so_loudly(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_weights_of_a_source_that_lie_here_whole_are_not_fetched_again(monkeypatch: pytest.MonkeyPatch) -> None:
     sources(monkeypatch, Found(state=state_of(HUB_NET), source="a source"))
     stage.run(configured(name=HUB_NET))
+    file = paths.pretrained(HUB_NET) / "weights.safetensors"
+    before = file.stat()
+    with monkeypatch.context() as patch:
+        patch.delattr(pretrained, "find")
+        stage.run(configured(name=HUB_NET, pretrained=True))
+        assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    stage.run(configured(name=HUB_NET))
+    assert file.read_bytes() == whole
+    stage.run(configured(name=HUB_NET, pretrained=False))
+    assert not file.exists()
+
+
+def test_auto_without_a_source_starts_at_random_and_says_so_loudly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_state(tmp_path / "mine.safetensors", state_of(HUB_NET))
+    stage.run(configured(name=HUB_NET, weights="mine.safetensors"))
     sources(monkeypatch, None, REASONS)
     stage.run(configured(name=HUB_NET, pretrained="auto"))
     folder = paths.pretrained(HUB_NET)
@@ -155,11 +172,14 @@ def run_in_process(code: str, *, environment: dict[str, str] | None = None) -> s
     )
 
 
-def test_nothing_to_fetch_loads_neither_torch_nor_timm() -> None:
+def test_nothing_to_fetch_loads_neither_torch_nor_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources(monkeypatch, Found(state=state_of(HUB_NET), source="a source"))
+    stage.run(configured(name=HUB_NET))
     done = run_in_process(
         f"from pipeline.stages import weights; params = Path({str(TOP / 'params.yaml')!r})\n"
         "weights.run(config.load(params, overrides={'model.name': 'resnet50', 'model.pretrained': False}))\n"
         "weights.run(config.load(params, overrides={'model.name': 'scratch/lenet5'}))\n"
+        f"weights.run(config.load(params, overrides={{'model.name': {HUB_NET!r}}}))\n"
         "print(sorted({'torch', 'timm', 'huggingface_hub'} & set(sys.modules)))"
     )
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
