@@ -10,10 +10,9 @@ same model under `inference_mode`; nothing else. Both in one process, in turn, a
 import time
 from collections.abc import Callable
 
-import common
 import torch
-from project import Project
 
+import common
 from pipeline import nets, paths
 from pipeline.analysis import inference
 from pipeline.data import datamodule
@@ -21,6 +20,7 @@ from pipeline.data.store import Store
 from pipeline.stages import evaluate
 from pipeline.training.pretrained import Origin
 from pipeline.training.weights import ModelCard
+from project import Project
 
 NETS = {"tf_efficientnet_lite0": 64, "resnet18": 64, "scratch/lenet5": 32}
 """Nets, each with the side of the pictures in pixels; their weights are random, which costs the same."""

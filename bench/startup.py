@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import common
-
 from pipeline import config
 
 FOLDER = common.ROOT / "data/cache/bench/startup"
