@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 import common
-from pipeline import nets, paths
+from pipeline import machine, nets, paths
 from pipeline.analysis import inference
 from pipeline.data import datamodule
 from pipeline.data.store import Store
@@ -70,7 +70,7 @@ def _sides(store: Store, name: str, *, px: int, batch_size: int) -> tuple[Callab
         start_source=origin.source,
         fast_dev_run=False,
     )
-    place = inference.device()
+    place = machine.device("auto")
     model = inference.with_preprocessing(net, card).to(place).to(memory_format=torch.channels_last)
     loader = datamodule.test_loader(store, px=px, in_chans=3, batch_size=batch_size, workers=0)
     held = [pixels.to(place, memory_format=torch.channels_last) for pixels, _ in loader]

@@ -113,7 +113,6 @@ def _module(net: torch.nn.Module, batches: Batches, params: TrainParams) -> Clas
         params=params,
         pictures=pictures,
         num_classes=CLASSES,
-        px=pixels.shape[-1],
         mean=mean,
         std=std,
     )

@@ -6,18 +6,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from pipeline import machine
 from pipeline.data.datamodule import Batch
 from pipeline.data.decode import shrink
 from pipeline.data.pixels import center_crop, to_channels
 from pipeline.training.normalize import Normalize
 from pipeline.training.weights import ModelCard
-
-
-def device() -> torch.device:
-    """A GPU where there is one."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def with_preprocessing(net: nn.Module, card: ModelCard) -> nn.Sequential:
@@ -27,7 +21,7 @@ def with_preprocessing(net: nn.Module, card: ModelCard) -> nn.Sequential:
 
 def logits(net: nn.Module, card: ModelCard, batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
     """Float32 logits [N, classes] and labels [N] of all batches, on the CPU."""
-    place = device()
+    place = machine.device("auto")
     model = with_preprocessing(net, card).to(place).to(memory_format=torch.channels_last)
     outputs, targets = [], []
     with torch.inference_mode():

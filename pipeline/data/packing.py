@@ -21,8 +21,8 @@ from pipeline.data.decode import shrink
 from pipeline.data.pixels import to_channels
 from pipeline.data.store import Row
 from pipeline.data.transforms import Augmenter
-from pipeline.data.workers import cores
 from pipeline.errors import UserError
+from pipeline.machine import cores
 from pipeline.parameters import AugmentParams
 
 AHEAD = 8

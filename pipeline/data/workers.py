@@ -1,37 +1,16 @@
-"""How many processes this process may keep busy, and whether loading batches is worth any."""
+"""Whether loading batches is worth processes of its own, and how many."""
 
 import math
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
+
+from pipeline import machine
 
 EPOCH_S = 5.0
 """Seconds of making batches in an epoch below which workers are not started: starting them takes about as long."""
 STEP_S = 0.01
 """Seconds of a quick optimiser step on a GPU: batches that are made faster than one a step keep nobody waiting."""
 MOST = 8
-CGROUPS = Path("/sys/fs/cgroup")
-
-
-def cores(*, root: Path = CGROUPS) -> int:
-    """Processors that this process may use: by its affinity, and by its container's quota (cgroups v2 and v1)."""
-    # macOS has no affinity to ask for
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.ceil(min(allowed, _quota(root))))
-
-
-def _quota(root: Path) -> float:
-    """Processors that the container's quota comes to; infinite where there is none."""
-    try:
-        if (limit := root / "cpu.max").exists():
-            quota, period = limit.read_text().split()
-        else:
-            quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-    except FileNotFoundError:
-        return math.inf
-    unlimited = quota == "max" or int(quota) <= 0
-    return math.inf if unlimited else int(quota) / int(period)
 
 
 def auto(make: Callable[[], object], *, batches: int, processes: int, accelerated: bool) -> int:
@@ -45,7 +24,7 @@ def auto(make: Callable[[], object], *, batches: int, processes: int, accelerate
         processes: that train on this machine and share its cores.
         accelerated: whether something else than the processor computes the net.
     """
-    mine = cores() // processes
+    mine = machine.cores() // processes
     most = min(MOST, mine - 1 if accelerated else mine // 4)
     if most < 1 or _seconds(make) * batches < EPOCH_S:
         return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from pipeline import paths, provenance, tracking
+from pipeline import machine, paths, provenance, tracking
 from pipeline.analysis import inference, metrics, plots, report
 from pipeline.analysis.metrics import Evaluation
 from pipeline.data import datamodule
@@ -17,7 +17,7 @@ from pipeline.data.store import Store
 from pipeline.errors import UserError
 from pipeline.files import fresh_file, fresh_folder
 from pipeline.parameters import Config, EvaluateParams
-from pipeline.training import machine, weights
+from pipeline.training import weights
 from pipeline.training.record import Record
 from pipeline.training.weights import ModelCard
 

@@ -1,10 +1,10 @@
 """The train stage: phases of freezing and thawing, from what `weights` fetched to models/NAME/train."""
 
-from pipeline import paths
+from pipeline import machine, paths
 from pipeline.analysis import metrics
 from pipeline.data.store import Store
 from pipeline.parameters import Config
-from pipeline.training import job, machine
+from pipeline.training import job
 from pipeline.training.fit import rank
 from pipeline.training.job import Job
 

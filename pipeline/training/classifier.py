@@ -38,7 +38,6 @@ class Classifier(L.LightningModule):
         net: speaks timm's interface; takes normalised float32 [B, C, H, W], gives logits [B, classes].
         phase: what learns, how long, at which rate.
         pictures: for training, in an epoch.
-        px: side of the pictures as they come, in pixels; the phase may resize them.
         mean, std: per channel, of pixels scaled to 0..1.
         first_epoch: epochs trained before, in earlier phases.
         class_weights: of the loss, float [classes]; None for all alike.
@@ -54,7 +53,6 @@ class Classifier(L.LightningModule):
         params: TrainParams,
         pictures: int,
         num_classes: int,
-        px: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         first_epoch: int = 0,
@@ -84,8 +82,6 @@ class Classifier(L.LightningModule):
         self._mixer = Mixer(mixup=params.mixup, cutmix=params.cutmix, num_classes=num_classes) if mixes else None
         self._auxiliary_weight = float(getattr(net, "auxiliary_weight", 0.0))
         self._memory_format = torch.channels_last if params.channels_last else torch.contiguous_format
-        # For the summary's sizes and FLOPs.
-        self.example_input_array = torch.zeros(1, len(mean), px, px, dtype=torch.uint8)
         schedule.thaw(net, phase.trainable)
         self.to(memory_format=self._memory_format)
         self.average = Average(net, kind=params.average, decay=params.ema_decay) if params.average != "none" else None

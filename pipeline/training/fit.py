@@ -14,7 +14,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.model_summary.model_summary import ModelSummary
 from rich.console import Console
 
 from pipeline.data.datamodule import PictureData
@@ -124,8 +123,6 @@ def fit(
     callbacks = [recorder, *asked, *_optional_callbacks(), keeper]
     trainer = _trainer(params, phase, epochs=epochs, callbacks=callbacks, waits=waits)
     last = readable(folder)
-    if first_step == 0 and rank() == 0 and last is None:
-        print(ModelSummary(module, max_depth=2))
     with _ends_together(params, keeper.stop):
         trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
     load_weights(module.net, folder / BEST)

@@ -5,7 +5,6 @@ weights and precision are the same ones.
 """
 
 import hashlib
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pipeline import paths
+from pipeline import machine, paths
 from pipeline.data import transforms, workers
 from pipeline.data.datamodule import Pictures
 from pipeline.data.features import CachedPictures, FeatureCache
@@ -146,7 +145,7 @@ class _Work:
     ) -> None:
         self._cut, self._store, self._phase, self._params = cut, store, phase, params
         self._px, self._mean, self._std = px, mean, std
-        self._device = _device(params)
+        self._device = machine.device(params.accelerator)
         net.to(self._device)
         if params.channels_last:
             net.to(memory_format=torch.channels_last)
@@ -214,14 +213,6 @@ class _Work:
             "device": self._device.type,
             "versions": f"torch {torch.__version__}, timm {timm.__version__}",
         }
-
-
-def _device(params: TrainParams) -> torch.device:
-    if params.accelerator in ("auto", "gpu") and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if params.accelerator in ("auto", "mps") and torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
 
 
 def _weights_digest(below: nn.Module) -> str:

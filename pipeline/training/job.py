@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import nn
 
-from pipeline import nets, paths, provenance, tracking
+from pipeline import machine, nets, paths, provenance, tracking
 from pipeline.analysis import finder_plot, inference, metrics, plots, schedule_view
 from pipeline.config import flat
 from pipeline.data.datamodule import Batch, Batches, PictureData, Pictures
@@ -219,7 +219,6 @@ def _train(
             params=params,
             pictures=len(train),
             num_classes=len(card.classes),
-            px=card.px,
             mean=card.mean,
             std=card.std,
             first_epoch=epochs,
@@ -264,8 +263,7 @@ def _found(module: Classifier, data: PictureData, phase: Phase, job: Job, progre
     if phase.name in progress.rates:
         return progress.rates[phase.name]
     params = job.config.train
-    if params.accelerator in ("auto", "gpu") and torch.cuda.is_available():
-        module.to("cuda")
+    module.to(machine.device(params.accelerator))
     batches = [
         move_data_to_device(batch, module.device) for batch in islice(data.train_dataloader(), SWEPT * phase.accumulate)
     ]

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline import paths
+from pipeline import machine, paths
 from pipeline.data.datamodule import Batch, PictureData
 from pipeline.data.store import Store
 from pipeline.errors import UserError
 from pipeline.files import fresh_file
 from pipeline.parameters import Config, ModelParams, TrainParams
-from pipeline.training import machine, optim, schedule
+from pipeline.training import optim, schedule
 from pipeline.training.classifier import Classifier
 from pipeline.training.progress import Progress
 from pipeline.training.schedule import Phase
@@ -245,7 +245,7 @@ def keep(key: str, choice: Choice, rows: list[Row]) -> None:
 
 def key_of(model: ModelParams, params: TrainParams, phase: Phase, *, px: int, total_steps: int) -> str:
     """Names all that a trial's outcome depends on: machine, torch, net, pictures, step."""
-    device = device_of(params)
+    device = machine.device(params.accelerator)
     facts = {
         "machine": [platform.node(), platform.machine(), processor(), machine.cores(), torch.get_num_threads()],
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -285,12 +285,6 @@ def told(choice: Choice, rows: Sequence[Row]) -> str:
     return "\n".join([*lines, f"auto_tune takes {', '.join(f'{k} {v}' for k, v in asdict(choice).items())}"])
 
 
-def device_of(params: TrainParams) -> torch.device:
-    """Where a training by one process computes."""
-    gpu = params.accelerator in ("auto", "gpu") and torch.cuda.is_available()
-    return torch.device("cuda" if gpu else "cpu")
-
-
 def _tried(
     params: TrainParams, store: Store, net: nn.Module, card: ModelCard, *, phase: Phase, total_steps: int
 ) -> tuple[Choice, list[Row]]:
@@ -301,7 +295,6 @@ def _tried(
             params=params.model_copy(update=way._asdict()),
             pictures=len(store.indices("train")),
             num_classes=len(card.classes),
-            px=card.px,
             mean=card.mean,
             std=card.std,
         )  # without a teacher, which costs the same in every way
@@ -319,7 +312,7 @@ def _tried(
             workers=workers,
         ).train_dataloader()
 
-    return choose(make, load, device=device_of(params), total_steps=total_steps)
+    return choose(make, load, device=machine.device(params.accelerator), total_steps=total_steps)
 
 
 def _learning(net: nn.Module, phase: Phase) -> int:

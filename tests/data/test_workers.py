@@ -1,36 +1,9 @@
 """Workers are started where batches are slow to make and the machine has cores to spare, and nowhere else."""
 
-from pathlib import Path
-
 import pytest
 
+from pipeline import machine
 from pipeline.data import workers
-
-
-@pytest.mark.parametrize(
-    ("files", "quota"),
-    [
-        ({"cpu.max": "150000 100000\n"}, 2),
-        ({"cpu.max": "50000 100000\n"}, 1),
-        ({"cpu.max": "max 100000\n"}, 64),
-        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 64),
-        ({}, 64),
-    ],
-)
-def test_the_containers_quota_bounds_the_cores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], quota: int
-) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert workers.cores(root=tmp_path) == quota
-
-
-def test_affinity_bounds_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3, 5}, raising=False)
-    assert workers.cores(root=tmp_path) == 2
 
 
 @pytest.mark.parametrize(
@@ -56,7 +29,7 @@ def test_the_work_and_the_machine_decide(
     accelerated: bool,
     expected: int,
 ) -> None:
-    monkeypatch.setattr(workers, "cores", lambda: cores)
+    monkeypatch.setattr(machine, "cores", lambda: cores)
     monkeypatch.setattr(workers, "_seconds", lambda _: seconds)
     count = workers.auto(lambda: None, batches=batches, processes=processes, accelerated=accelerated)
     assert count == expected
@@ -65,6 +38,6 @@ def test_the_work_and_the_machine_decide(
 
 def test_a_first_batch_that_is_slow_by_itself_starts_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([3.0, 0.001])
-    monkeypatch.setattr(workers, "cores", lambda: 16)
+    monkeypatch.setattr(machine, "cores", lambda: 16)
     monkeypatch.setattr(workers, "_seconds", lambda _: next(times))
     assert workers.auto(lambda: None, batches=1000, processes=1, accelerated=True) == 0

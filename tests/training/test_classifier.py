@@ -53,7 +53,7 @@ def _params(**changed: Any) -> TrainParams:
 def _module(net: nn.Module, params: TrainParams, **given: Any) -> Classifier:
     (phase,) = schedule.plan(params, net, px=PX, random_start=False)
     return Classifier(
-        net, phase=phase, params=params, pictures=12, num_classes=3, px=PX, mean=(0.5,) * 3, std=(0.25,) * 3, **given
+        net, phase=phase, params=params, pictures=12, num_classes=3, mean=(0.5,) * 3, std=(0.25,) * 3, **given
     )
 
 

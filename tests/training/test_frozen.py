@@ -78,9 +78,7 @@ def _trained(net: nn.Module, pictures: Store, folder: Path, **changed: Any) -> l
     kept = None
     if plan.cut is not None:
         kept = frozen.computed(plan.cut, net, pictures, phase=phase, params=params, px=PX, **normal)
-    module = Classifier(
-        net, phase=phase, params=params, pictures=LABELLED, num_classes=3, px=PX, cut=plan.cut, **normal
-    )
+    module = Classifier(net, phase=phase, params=params, pictures=LABELLED, num_classes=3, cut=plan.cut, **normal)
     data = PictureData(
         pictures,
         px=PX,

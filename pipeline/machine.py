@@ -1,14 +1,31 @@
-"""The part of a machine's processor that a process has."""
+"""What a process has of the machine: the device that computes, cores and threads."""
 
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
+
+
+def device(accelerator: str) -> "torch.device":
+    """Where this process computes, one of several on a machine that has a GPU for each.
+
+    Args:
+        accelerator: auto for a GPU where there is one, or gpu, mps, cpu.
+    """
+    import torch
+
+    if accelerator in ("auto", "gpu") and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if accelerator in ("auto", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
 
 
 def cores() -> int:
@@ -54,6 +71,8 @@ def threads(environment: Mapping[str, str], *, devices: int | str) -> int | None
 
 def set_threads(*, devices: int | str) -> None:
     """Gives torch the threads of `threads`, for the rest of the process."""
+    import torch
+
     count = threads(os.environ, devices=devices)
     if count is not None:
         torch.set_num_threads(count)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.training import machine
+from pipeline import machine
 
 
 def test_the_least_quota_of_all_levels_counts(tmp_path: Path) -> None:
@@ -54,3 +54,9 @@ def test_a_container_has_no_more_cores_than_its_quota(tmp_path: Path, monkeypatc
     monkeypatch.setattr(machine, "CGROUPS", tmp_path)
     monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
     assert machine.cores() == 1
+
+
+def test_affinity_bounds_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "none")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3, 5}, raising=False)
+    assert machine.cores() == 2
