@@ -64,6 +64,7 @@ class Classifier(L.LightningModule):
         self.net = net
         self.phase = phase
         self.cut = cut
+        self._modes: list[tuple[nn.Module, bool]] = []
         self.rates: Sequence[float] | None = None
         """Of the optimiser's groups, where they were looked for; else the phase's."""
         self.alone = False
@@ -103,11 +104,17 @@ class Classifier(L.LightningModule):
 
     def train(self, mode: bool = True) -> "Classifier":
         """Training mode, in which a frozen module stays in evaluation mode all the same."""
+        if mode and self._modes:
+            # Lightning asks for it in every epoch, and to find it out takes as long as a step of a small net.
+            for module, training in self._modes:
+                module.training = training
+            return self
         super().train(mode)
         if mode:
             schedule.set_mode(self.net, adapt_bn=self._params.frozen_bn == "adapt")
             if self.average is not None:
                 self.average.eval()
+            self._modes = [(module, module.training) for module in self.modules()]
         return self
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
