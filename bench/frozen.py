@@ -5,8 +5,8 @@
 The head of tf_efficientnet_lite0 is trained at 224 px on a folder of photographs (drawn ones where none are given), in
 one phase with strength 0, so that every epoch sees the same pictures.
 
-    forward   5 and 50 frozen epochs of Thaw against one bare pass over the same packed pictures, in the same precision
-              and memory format: a cost, at most 1.3
+    forward   5 and 50 frozen epochs of Thaw against one bare pass over the same packed pictures: a plain one (fp32,
+              default memory format), and one in Thaw's own precision and memory format: a cost, at most 1.3
     plain     5 epochs of the plain PyTorch loop (peers/plain.py) and, with --peers, of fastai's fit_one_cycle
               (peers/fastai_learner.py): their time by Thaw's, at least 8, at an accuracy within Thaw's 95% interval
     layers    three epochs of last:2 without the cache, by the time with it: at least 1.8
@@ -79,8 +79,8 @@ class _Sides:
             self.test = self.project.judged()
         return done
 
-    def forward(self) -> float:
-        """Seconds of one bare pass."""
+    def forward(self, *, plain: bool) -> float:
+        """Seconds of one bare pass, in fp32 and the default memory format, or as Thaw computes."""
         spec = {
             "mode": "forward",
             "prepared": str(self.project.folder / "data/prepared/image_folder"),
@@ -88,8 +88,8 @@ class _Sides:
             "in_chans": 3,
             "px": self.px,
             "batch": 64,
-            "channels_last": True,
-            "bf16": self.bf16,
+            "channels_last": not plain,
+            "bf16": self.bf16 and not plain,
         }
         return float(worker("bare.py", spec).told["train"])
 
@@ -113,21 +113,25 @@ class _Sides:
 
 def _forward(bench: Bench, side: _Sides, asked: argparse.Namespace) -> None:
     counts = (2, 4) if asked.quick else (FEW, MANY)
-    turns: dict[str, Callable[[], Any]] = {"forward": side.forward}
+    passes = {"a plain forward pass": True, "a forward pass with Thaw's settings": False}
+    turns: dict[str, Callable[[], Any]] = {
+        name: lambda plain=plain: side.forward(plain=plain) for name, plain in passes.items()
+    }
     for count in counts:
         turns[f"{count} epochs"] = lambda count=count: side.thaw(epochs=count)
     found = rounds(turns, number=asked.pairs)
     for count in counts:
         phases = [run.phases for run in found[f"{count} epochs"]]
-        bench.comparisons.append(
-            Comparison(
-                name=f"{count} frozen epochs against one forward pass, {NET} at {side.px} px",
-                ratio_of="Thaw's phase / forward pass (a cost)",
-                ratios=ratios(phases, found["forward"]),
-                target=COST,
-                sides={"Thaw's phase, s": phases, "forward pass, s": found["forward"]},
+        for name in passes:
+            bench.comparisons.append(
+                Comparison(
+                    name=f"{count} frozen epochs against {name}, {NET} at {side.px} px",
+                    ratio_of="Thaw's phase / forward pass (a cost)",
+                    ratios=ratios(phases, found[name]),
+                    target=COST,
+                    sides={"Thaw's phase, s": phases, "forward pass, s": found[name]},
+                )
             )
-        )
 
 
 def _plain(bench: Bench, side: _Sides, asked: argparse.Namespace) -> None:
