@@ -242,7 +242,7 @@ class PictureData(L.LightningDataModule):
         # Lightning asks for this loader after it has read a checkpoint, but says the epoch only after the workers have
         # begun with its first batches; and a checkpoint of an epoch's end brings the loader no state.
         progress: Any = self.trainer.fit_loop.epoch_progress.current if self.trainer else None
-        batches.start_at(self._first_epoch, done=progress.processed if progress else 0)
+        batches.start_at(self._first_epoch, done=0 if progress is None else progress.processed)
         return self._loader(TrainLoader, self._training, batches)
 
     def val_dataloader(self) -> DataLoader[Batch]:

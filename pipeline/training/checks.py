@@ -91,8 +91,9 @@ def _check_batch(phase: Phase, params: TrainParams, *, world: int) -> None:
 
 
 def _told(phase: Phase, world: int) -> str:
-    shared = f"{world} processes with {phase.accumulate} parts each" if world > 1 else f"{phase.accumulate} parts"
-    return f"a batch of {phase.batch_size} in {shared}" if world * phase.accumulate > 1 else "a batch of 1"
+    shared = [f" in {world} processes"] if world > 1 else []
+    shared += [f" in {phase.accumulate} parts"] if phase.accumulate > 1 else []
+    return f"a batch of {phase.batch_size}{''.join(shared)}"
 
 
 def _parameter(params: TrainParams, phase: Phase, key: str) -> str:
