@@ -201,6 +201,10 @@ class Run:
             self._settle()
             self._sending = self._sender.submit(self._send)
 
+    def sync(self) -> None:
+        """Sees that the points so far outlast a power cut: what a checkpoint has behind it is not logged again."""
+        self._spool.sync()
+
     def log_artifact(self, path: Path, *, folder: str = "") -> None:
         """A file or folder, under `folder` of the run's artifacts."""
         assert path.exists()
@@ -285,6 +289,8 @@ class Run:
 
         while batch := self._spool.waiting[:BATCH]:
             metrics = [Metric(name, value, p.time, p.step) for p in batch for name, value in p.metrics.items()]
+            # Else a power cut could leave it with the store alone, and the step that is taken again would double it.
+            self._spool.sync()
             if not self._outbox.attempt(partial(self._client.log_batch, self.id, metrics=metrics)):
                 return
             self._spool.acknowledge(len(batch))

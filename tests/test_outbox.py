@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,18 @@ def test_a_spool_knows_what_was_added_before_a_stop(tmp_path: Path) -> None:
     assert not again.knows(10, ["loss"])
     assert not again.knows(11, ["loss", "lr"])
     assert not Spool(tmp_path / "spool", run_id="b").knows(10, ["loss", "lr"])
+
+
+def test_a_spool_is_synced_where_there_is_something_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(outbox.os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    spool = Spool(tmp_path / "spool", run_id="a")
+    for number in range(3):
+        spool.add(Point(number, number, {"loss": 1.0}))
+    assert synced == []  # no point waits for a disk
+    spool.sync()
+    spool.sync()
+    assert synced == [spool.path.stat().st_size]
+    spool.add(Point(3, 3, {"loss": 1.0}))
+    spool.sync()
+    assert synced[1:] == [spool.path.stat().st_size]

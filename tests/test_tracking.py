@@ -169,6 +169,7 @@ def test_a_run_of_another_store_is_not_resumed(tmp_path: Path) -> None:
 def test_an_outage_loses_no_point(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = start(tmp_path, experiment="outage")
     run.log_metrics({"val/loss": 0.9}, step=0)
+    run._settle()
     client = run._client
     run._client = unsteady = Unsteady(client)
     run._next_send = 0.0
@@ -217,6 +218,20 @@ def test_a_point_sent_twice_is_kept_once(tmp_path: Path) -> None:
     assert tracking.Run.resume(run.id, spool=spool) is not None
     assert [step for _, step, _ in history(run.id, "val/loss")] == [0, 1, 2]
     assert [step for _, step, _ in history(run.id, "val/top1")] == [0, 1, 2]
+
+
+def test_a_point_is_on_disk_before_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start(tmp_path)
+    happened: list[str] = []
+    send, sync = run._client.log_batch, run._spool.sync
+    monkeypatch.setattr(run._client, "log_batch", lambda *a, **k: (happened.append("sent"), send(*a, **k)))
+    monkeypatch.setattr(run._spool, "sync", lambda: (happened.append("synced"), sync()))
+    run.log_metrics({"val/loss": 0.5}, step=1)
+    run._settle()
+    assert happened == ["synced", "sent"]
+    run.sync()
+    assert happened[2:] == ["synced"]
+    run.finish("FINISHED")
 
 
 def test_a_server_that_is_not_there_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

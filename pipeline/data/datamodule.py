@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from pipeline.data import draws, pixels, transforms, workers
 from pipeline.data.features import CachedPictures
 from pipeline.data.store import Store
-from pipeline.errors import UserError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Pictures uint8 [B, C, H, W] and labels int64 [B]."""
@@ -32,6 +31,8 @@ class Batches(Sampler[np.ndarray]):
     the same number of pictures.
 
     Args:
+        least: pictures that a part of the last batch is filled up to, where a whole part has as many. A batch norm
+            learns from no single picture where its map is one pixel large, so training takes 2.
         labels: of `indices`, for epochs that are balanced: as many pictures in all, every class as often (a picture
             twice only where its class has no other left); None for each picture once.
     """
@@ -46,9 +47,11 @@ class Batches(Sampler[np.ndarray]):
         rank: int = 0,
         world: int = 1,
         parts: int = 1,
+        least: int = 1,
         labels: np.ndarray | None = None,
     ) -> None:
         assert batch_size % (world * parts) == 0, (batch_size, world, parts)
+        self._least = min(least, batch_size // (world * parts))
         self._indices, self._batch_size, self._seed, self._shuffle = indices, batch_size, seed, shuffle
         self._rank, self._world, self._parts, self._labels = rank, world, parts, labels
         self._first_epoch = 0
@@ -56,9 +59,14 @@ class Batches(Sampler[np.ndarray]):
         self.skip = 0
         """Batches that the next pass leaves out at its beginning."""
 
-    def start_at(self, epoch: int) -> None:
-        """Epochs count on across phases, so that no phase repeats another's order or augmentation."""
-        self._first_epoch = self.epoch = epoch
+    def start_at(self, first_epoch: int, *, done: int = 0) -> None:
+        """Epochs count on across phases, so that no phase repeats another's order or augmentation.
+
+        Args:
+            first_epoch: of the phase.
+            done: epochs of the phase that are over.
+        """
+        self._first_epoch, self.epoch = first_epoch, first_epoch + done
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning with the epoch within the phase."""
@@ -81,7 +89,7 @@ class Batches(Sampler[np.ndarray]):
         for start in range(0, len(order), self._batch_size):
             batch = order[start : start + self._batch_size]
             pieces = self._world * self._parts
-            share = -(-len(batch) // pieces)
+            share = max(self._least, -(-len(batch) // pieces))
             filled = np.resize(batch, share * pieces)
             for part in range(self._rank * self._parts, (self._rank + 1) * self._parts):
                 mine = filled[part * share : (part + 1) * share]
@@ -219,12 +227,6 @@ class PictureData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         rank, world = self._place()
-        pieces = world * self._parts
-        if self._batch_size % pieces:
-            raise UserError(
-                f"train.batch_size {self._batch_size} is shared by {world} processes in {self._parts} parts each and "
-                f"does not divide; use {self._batch_size // pieces * pieces or pieces}"
-            )
         indices = self._store.indices("train")
         batches = Batches(
             indices,
@@ -234,16 +236,18 @@ class PictureData(L.LightningDataModule):
             rank=rank,
             world=world,
             parts=self._parts,
+            least=2,
             labels=self._store.labels[indices] if self._balanced else None,
         )
-        batches.start_at(self._first_epoch)
+        # Lightning asks for this loader after it has read a checkpoint, but says the epoch only after the workers have
+        # begun with its first batches; and a checkpoint of an epoch's end brings the loader no state.
+        progress: Any = self.trainer.fit_loop.epoch_progress.current if self.trainer else None
+        batches.start_at(self._first_epoch, done=0 if progress is None else progress.processed)
         return self._loader(TrainLoader, self._training, batches)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         rank, world = self._place()
         indices = self._store.indices("val")
-        if len(indices) < world:
-            raise UserError(f"{len(indices)} validation pictures for {world} processes; raise augment.val_fraction")
         batches = Batches(indices[rank::world], batch_size=max(1, self._batch_size // (world * self._parts)))
         return self._loader(DataLoader, self._plain, batches)
 

@@ -10,7 +10,7 @@ import pickle
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -21,7 +21,7 @@ import torch
 
 from pipeline.outbox import warn
 
-LAST, BEFORE, BEST = "last.ckpt", "before.ckpt", "best.ckpt"
+CHECKPOINTS = LAST, BEFORE, BEST = "last.ckpt", "before.ckpt", "best.ckpt"
 LEADER_S = 20.0
 """Seconds that a rank that was told to stop waits for the leader to do so."""
 
@@ -37,10 +37,21 @@ class Checkpoints(L.Callback):
         monitor, mode: what the best is judged by; mode is min or max.
         patience: epochs without a better one before the phase ends; 0 for never.
         steps: optimiser steps after which the phase ends; 0 for after its epochs.
+        sync: puts on disk what the steps so far have logged, since they will not be taken again.
     """
 
-    def __init__(self, folder: Path, *, every: int, monitor: str, mode: str, patience: int, steps: int) -> None:
-        self._folder, self._every = folder, every
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        every: int,
+        monitor: str,
+        mode: str,
+        patience: int,
+        steps: int,
+        sync: Callable[[], None],
+    ) -> None:
+        self._folder, self._every, self._sync = folder, every, sync
         self._monitor, self._mode, self._patience, self._steps = monitor, mode, patience, steps
         self.best_epoch = -1
         """Of the best so far: its number within the phase, from 0."""
@@ -111,6 +122,7 @@ class Checkpoints(L.Callback):
         else:
             trainer.save_checkpoint(beside)
         if trainer.is_global_zero:
+            self._sync()
             _put_in_place(beside, best=self._better)
         self._better = False
         self._saved_at = trainer.global_step
@@ -168,20 +180,34 @@ class Stop:
         self.asked, self._since = number, time.monotonic()
 
 
-def readable(folder: Path) -> Path | None:
-    """The last checkpoint of a folder that is whole and executes nothing when it is read; None for none."""
-    for name in (LAST, BEFORE):
-        path = folder / name
-        if not path.exists():
-            continue
-        try:
-            # Mapped: the tensors are read once, by whoever loads them. What is cut short or pickled wrongly shows here.
-            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
-            warn(f"{path} cannot be read ({(str(error) or type(error).__name__).splitlines()[0]}); the one before is")
-            continue
-        return path
-    return None
+def taken_up(folder: Path, *, leader: bool) -> Path | None:
+    """The checkpoint that a phase goes on from: the last, or the one before if that cannot be read; None to begin anew.
+
+    The leader says what cannot be read, and takes away what is not taken up: a broken file must not push a whole one
+    out of its place. Ranks that look before, while or after it does find the same.
+    """
+    found = next((name for name in (LAST, BEFORE) if whole(folder / name)), None)
+    passed_over = [name for name in (LAST, BEFORE)[: (LAST, BEFORE, None).index(found)] if (folder / name).exists()]
+    if (folder / BEST).exists() and not whole(folder / BEST):
+        # A phase ends with the weights of its best epoch, which may lie behind.
+        found, passed_over = None, [BEST]
+    if leader and passed_over:
+        then = "the one before is taken" if found else "its phase begins anew"
+        warn(f"{folder / passed_over[0]} cannot be read (cut short, damaged, or not written by Thaw); {then}")
+    if leader:
+        for name in {LAST: (), BEFORE: (LAST,), None: CHECKPOINTS}[found]:
+            (folder / name).unlink(missing_ok=True)
+    return folder / found if found else None
+
+
+def whole(path: Path) -> bool:
+    """Whether a checkpoint is there, can be read, and executes nothing when it is."""
+    try:
+        # Mapped: the tensors are read once, by whoever loads them. What is cut short or pickled wrongly shows here.
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError):
+        return False
+    return True
 
 
 def load_weights(net: torch.nn.Module, path: Path) -> None:

@@ -3,7 +3,7 @@
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from rich.console import Console
 from pipeline.data.datamodule import PictureData
 from pipeline.errors import UserError
 from pipeline.parameters import TrainParams
-from pipeline.training.checkpoints import BEST, LAST, Checkpoints, Stop, load_weights, readable
+from pipeline.training.checkpoints import BEST, LAST, Checkpoints, Stop, load_weights, taken_up
 from pipeline.training.classifier import Classifier
 from pipeline.training.gradients import GradientNorms
 from pipeline.training.profiling import TRACE, DataWait, Trace
@@ -93,6 +93,7 @@ def fit(
     first_epoch: int,
     first_step: int,
     log: Log,
+    sync: Callable[[], None],
 ) -> Outcome:
     """Trains one phase, from where its last checkpoint in `folder` is, if there is one.
 
@@ -100,6 +101,7 @@ def fit(
 
     Args:
         folder: for the phase's checkpoints.
+        sync: puts on disk what has been logged, before a checkpoint of the steps behind it is there.
     """
     quiet()
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,6 +113,7 @@ def fit(
         mode="min" if params.monitor.endswith("loss") else "max",
         patience=phase.patience,
         steps=phase.steps,
+        sync=sync,
     )
     waits = DataWait()
     recorder = Recorder(phase=phase.name, first_epoch=first_epoch, first_step=first_step, log=log, waits=waits)
@@ -122,7 +125,7 @@ def fit(
     # The keeper last: what it writes holds what the others have just noted.
     callbacks = [recorder, *asked, *_optional_callbacks(), keeper]
     trainer = _trainer(params, phase, epochs=epochs, callbacks=callbacks, waits=waits)
-    last = readable(folder)
+    last = taken_up(folder, leader=rank() == 0)
     with _ends_together(params, keeper.stop):
         trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
     load_weights(module.net, folder / BEST)
@@ -168,9 +171,21 @@ def rank() -> int:
     return found
 
 
+def num_processes(params: TrainParams, phase: Phase) -> int:
+    """Processes that will train together, as Lightning or the launcher has them.
+
+    Raises:
+        UserError: this machine does not give what is asked of it.
+    """
+    quiet()
+    return _trainer(params, phase, epochs=1, callbacks=[], waits=DataWait()).world_size
+
+
 def _trainer(
     params: TrainParams, phase: Phase, *, epochs: int, callbacks: list[L.Callback], waits: DataWait
 ) -> L.Trainer:
+    if params.strategy == "fsdp" and not (params.accelerator in ("auto", "gpu") and torch.cuda.is_available()):
+        raise UserError("fsdp shards a net over GPUs, and there is none to use; take ddp", parameter="train.strategy")
     try:
         trainer = L.Trainer(
             accelerator=params.accelerator,
@@ -194,7 +209,7 @@ def _trainer(
             enable_checkpointing=False,
             callbacks=callbacks,
         )
-    except MisconfigurationException as error:
+    except (MisconfigurationException, ValueError) as error:
         told = str(error).splitlines()[0]
         raise UserError(f"this machine cannot give train.accelerator {params.accelerator} as asked: {told}") from None
     if params.precision == "16-mixed" and trainer.strategy.root_device.type == "cpu":

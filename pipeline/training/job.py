@@ -4,7 +4,7 @@ The train stage is one job; cross-validation and tuning are several.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -28,8 +28,9 @@ from pipeline.errors import UserError, blaming
 from pipeline.files import fresh_folder
 from pipeline.outbox import warn
 from pipeline.parameters import Config, operational
-from pipeline.training import finder, frozen, objective, optim, schedule, tuning, weights
-from pipeline.training.checkpoints import load_weights, write_whole
+from pipeline.training import finder, frozen, objective, schedule, tuning, weights
+from pipeline.training.checkpoints import load_weights, whole, write_whole
+from pipeline.training.checks import check
 from pipeline.training.classifier import Classifier
 from pipeline.training.distillation import Teacher
 from pipeline.training.fit import Log, fit, rank
@@ -80,11 +81,11 @@ def run(job: Job) -> pd.DataFrame | None:
     phases = schedule.plan(config.train, net, px=config.px, random_start=origin.start == "random")
     if leader:
         with _locked(job):
-            _check(phases, net, config)
+            check(config, job.store, net, card, phases)
             return _lead(job, net, card, phases, origin)
-    _check(phases, net, config)
+    check(config, job.store, net, card, phases)
     progress = Progress(job.progress, facts=_facts(job, origin), leader=False)
-    _train(job, net, card, phases, _cuts(job, net, phases), progress, log=_another_ranks)
+    _train(job, net, card, phases, _cuts(job, net, phases), progress, log=_another_ranks, sync=_nothing)
     return None
 
 
@@ -143,22 +144,10 @@ def _lead(job: Job, net: nn.Module, card: ModelCard, phases: list[Phase], origin
         if progress.tuned:
             tracked.set_tags({f"auto_tune.{key}": str(value) for key, value in progress.tuned["choice"].items()})
             job = replace(job, config=job.config.model_copy(update={"train": train}))
-        outcomes = _train(job, net, card, phases, plans, progress, log=log)
+        outcomes = _train(job, net, card, phases, plans, progress, log=log, sync=tracked.sync)
         rows = _write(job, net, card, phases, outcomes, progress, run=tracked)
     progress.clear()
     return rows
-
-
-def _check(phases: list[Phase], net: nn.Module, config: Config) -> None:
-    """Refuses what the net does not take, before anything is begun."""
-    tuning.check(config.train)
-    for phase in phases:
-        with blaming("model.name"):
-            nets.check_px(net, phase.px, name=config.model.name)
-        with blaming("train.optimizer"):
-            optim.check_optimizer(phase.optimizer)
-        with blaming("train.phases"):
-            schedule.thaw(net, phase.trainable)
 
 
 def _facts(job: Job, origin: Origin) -> dict[str, Any]:
@@ -195,6 +184,7 @@ def _train(
     progress: Progress,
     *,
     log: Log,
+    sync: Callable[[], None],
 ) -> list[Outcome]:
     params, store = job.config.train, job.store
     train = store.indices("train")
@@ -204,7 +194,7 @@ def _train(
     outcomes: list[Outcome] = []
     for phase, plan in zip(phases, plans, strict=True):
         epochs, steps = sum(len(o.rows) for o in outcomes), sum(o.steps for o in outcomes)
-        if done := progress.outcome(phase.name):
+        if done := _done(progress, phase):
             load_weights(net, done.best)
             outcomes.append(done)
             continue
@@ -251,11 +241,21 @@ def _train(
             first_epoch=epochs,
             first_step=steps,
             log=log,
+            sync=sync,
         )
         module.close()
         progress.finish(phase.name, outcome)
         outcomes.append(outcome)
     return outcomes
+
+
+def _done(progress: Progress, phase: Phase) -> Outcome | None:
+    """What a phase that is over came to; None where it is not, or its checkpoints are there no more."""
+    outcome = progress.outcome(phase.name)
+    if outcome is not None and not (whole(outcome.best) and whole(outcome.last)):
+        progress.forget(phase.name)
+        return None
+    return outcome
 
 
 def _found(module: Classifier, data: PictureData, phase: Phase, job: Job, progress: Progress) -> list[float]:
@@ -375,6 +375,10 @@ def _first_batch(config: Config, store: Store, card: ModelCard, path: Path) -> t
 
 def _another_ranks(metrics: Mapping[str, float], *, step: int) -> None:
     """The leader logs what all ranks found together."""
+
+
+def _nothing() -> None:
+    """Nor does a rank that logs nothing have anything to put on disk."""
 
 
 @contextmanager

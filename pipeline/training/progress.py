@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import fresh_file
-from pipeline.training.checkpoints import BEST, LAST
+from pipeline.training.checkpoints import BEST, CHECKPOINTS, LAST
 
 STATE = "state.json"
 
@@ -98,6 +98,21 @@ class Progress:
         folder = self.phase_folder(phase)
         return Outcome(best=folder / BEST, last=folder / LAST, **self._done[phase])
 
+    def forget(self, phase: str) -> None:
+        """Takes a phase that is over for one that is not: its checkpoints say how far it is.
+
+        Those after it began with what it came to, and begin anew.
+        """
+        names = list(self._done)
+        earlier = names[: names.index(phase)]
+        self._done = {name: self._done[name] for name in earlier}
+        self._write()
+        if self._leader:
+            for folder in (self._folder / "phases").iterdir():
+                if folder.name not in (*earlier, phase):
+                    for checkpoint in CHECKPOINTS:
+                        (folder / checkpoint).unlink(missing_ok=True)
+
     def clear(self) -> None:
         """Takes away what only a resumed training needs; state first, since it is what the rest is taken up by."""
         if self._leader:
@@ -108,6 +123,10 @@ class Progress:
         try:
             state = json.loads((self._folder / STATE).read_text(encoding="utf-8"))
         except FileNotFoundError:
+            self.clear()
+            return
+        except ValueError:  # neither JSON nor text: a disk's fault, since it is written whole or not at all
+            self.difference = f"{self._folder / STATE} cannot be read"
             self.clear()
             return
         self.difference = _difference(state["facts"], self._facts)

@@ -139,6 +139,26 @@ def test_the_ranks_batches_together_are_the_whole_batch(world: int) -> None:
     assert sorted(index for batch in whole for _, index in batch) == list(indices)
 
 
+@pytest.mark.parametrize(("batch_size", "share"), [(8, 2), (16, 4), (4, 1)])
+def test_the_last_parts_are_filled_up_to_two_pictures_where_whole_ones_have_them(batch_size: int, share: int) -> None:
+    indices = np.arange(100, 100 + 2 * batch_size + 1)  # one left over
+    ranks = [
+        list(Batches(indices, batch_size=batch_size, rank=rank, world=2, parts=2, least=2, shuffle=True))
+        for rank in range(2)
+    ]
+    assert [len(part) for parts in ranks for part in parts[:-2]] == [share] * 8
+    last = [part for parts in ranks for part in parts[-2:]]
+    assert [len(part) for part in last] == [min(2, share)] * 4
+    assert len({index for part in last for _, index in part}) == 1
+
+
+def test_no_picture_of_validation_counts_twice(packed: Store) -> None:
+    # Five pictures in batches of 4, and of 2 where there are parts.
+    for batch_size, parts in ((4, 1), (4, 2)):
+        data = PictureData(packed, px=PX, in_chans=3, batch_size=batch_size, parts=parts, chosen={}, seed=0, workers=0)
+        assert sum(len(labels) for _, labels in data.val_dataloader()) == 5
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_parts_of_a_batch_together_are_the_batch(world: int) -> None:
     indices = np.arange(100, 121)

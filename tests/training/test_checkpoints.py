@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.training.checkpoints import BEFORE, LAST, Stop, load_weights, readable
+from pipeline.training.checkpoints import BEFORE, BEST, LAST, Stop, _put_in_place, load_weights, taken_up
 
 
 class _Evil:
@@ -23,25 +23,59 @@ def _save(path: Path, number: int) -> None:
 def test_the_last_is_taken_and_the_one_before_where_the_last_is_broken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert readable(tmp_path) is None
+    assert taken_up(tmp_path, leader=True) is None
     _save(tmp_path / BEFORE, 1)
-    assert readable(tmp_path) == tmp_path / BEFORE  # a kill between two renames
+    assert taken_up(tmp_path, leader=True) == tmp_path / BEFORE  # a kill between two renames
     _save(tmp_path / LAST, 2)
-    assert readable(tmp_path) == tmp_path / LAST
+    assert taken_up(tmp_path, leader=True) == tmp_path / LAST
+    assert capsys.readouterr().err == ""
     whole = (tmp_path / LAST).read_bytes()
     for broken in (b"", whole[:50], whole[: len(whole) // 2], whole[:-1], b"nonsense"):
         (tmp_path / LAST).write_bytes(broken)
-        assert readable(tmp_path) == tmp_path / BEFORE
-        assert "last.ckpt cannot be read" in capsys.readouterr().err
+        assert taken_up(tmp_path, leader=False) == tmp_path / BEFORE
+        assert capsys.readouterr().err == ""
+        assert taken_up(tmp_path, leader=True) == tmp_path / BEFORE
+        told = f"WARNING: {tmp_path / LAST} cannot be read (cut short, damaged, or not written by Thaw)"
+        assert capsys.readouterr().err == f"{told}; the one before is taken\n"
     (tmp_path / BEFORE).write_bytes(b"")
-    assert readable(tmp_path) is None
+    assert taken_up(tmp_path, leader=True) is None
+    assert f"{BEFORE} cannot be read" in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_would_run_code_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_last_does_not_push_the_one_before_out_of_its_place(tmp_path: Path) -> None:
+    _save(tmp_path / BEFORE, 1)
+    (tmp_path / LAST).write_bytes(b"broken")
+    assert taken_up(tmp_path, leader=True) == tmp_path / BEFORE
+    _save(tmp_path / "beside", 3)
+    _put_in_place(tmp_path / "beside", best=False)
+    (tmp_path / LAST).write_bytes(b"broken again")
+    assert taken_up(tmp_path, leader=True) == tmp_path / BEFORE
+    assert torch.load(tmp_path / BEFORE)["state_dict"]["net.weight"][0] == 1
+
+
+def test_a_phase_whose_best_is_broken_begins_anew_on_every_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, name in enumerate((BEFORE, LAST)):
+        _save(tmp_path / name, number)
+    (tmp_path / BEST).write_bytes(b"broken")
+    assert taken_up(tmp_path, leader=False) is None
+    assert taken_up(tmp_path, leader=True) is None
+    assert "best.ckpt cannot be read (cut short, damaged, or not written by Thaw); its phase begins anew" in (
+        capsys.readouterr().err
+    )
+    assert taken_up(tmp_path, leader=False) is None  # one that looks after the leader has
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_would_run_code_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": _Evil()}, tmp_path / LAST)
-    assert readable(tmp_path) is None
+    assert taken_up(tmp_path, leader=True) is None
     assert not (tmp_path / "ran").exists()
+    assert "weights_only" not in capsys.readouterr().err  # torch's advice is to run it all the same
 
 
 @pytest.mark.parametrize(("updates", "expected"), [(0, 1.0), (3, 2.0)])

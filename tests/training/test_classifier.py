@@ -14,7 +14,7 @@ from pipeline.data.datamodule import PictureData
 from pipeline.data.store import Row, Store
 from pipeline.errors import UserError
 from pipeline.parameters import TrainParams
-from pipeline.training import schedule
+from pipeline.training import checkpoints, schedule
 from pipeline.training.checkpoints import load_weights
 from pipeline.training.classifier import Classifier
 from pipeline.training.distillation import Teacher
@@ -81,6 +81,7 @@ def _fit(
         first_epoch=3,
         first_step=100,
         log=lambda metrics, *, step: points.append((step, dict(metrics))),
+        sync=lambda: None,
     )
     module.close()
     assert len([step for step, metrics in points if "val/top1" in metrics]) == len(outcome.rows)
@@ -422,3 +423,41 @@ def test_too_large_a_batch_says_what_to_lower(pictures: Store, tmp_path: Path, m
     monkeypatch.setattr(Classifier, "training_step", full)
     with pytest.raises(UserError, match=r"does not hold train\.batch_size 6; lower it"):
         _fit(nets.build("scratch/lenet5", num_classes=3), pictures, tmp_path)
+
+
+@pytest.mark.parametrize("parts", [{"batch_size": 11}, {"batch_size": 8, "accumulate": 4}])
+def test_what_is_left_for_the_last_batch_trains_a_batch_norm_of_one_pixel(
+    parts: dict[str, int], pictures: Store, tmp_path: Path
+) -> None:
+    # Of 12 pictures: a last batch of 1, or of 4 in 4 parts.
+    net = nets.build("scratch/mobilenet_v1_025", num_classes=3, in_chans=3)
+    assert _fit(net, pictures, tmp_path, phase={"epochs": 1}, **parts).steps == 2
+
+
+def test_what_was_logged_is_on_disk_before_a_checkpoint_is_in_place(
+    pictures: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    place = checkpoints._put_in_place
+
+    def placed(beside: Path, *, best: bool) -> None:
+        happened.append("checkpoint")
+        place(beside, best=best)
+
+    monkeypatch.setattr(checkpoints, "_put_in_place", placed)
+    params = _params(checkpoint_every=1)
+    module = _module(nets.build("scratch/lenet5", num_classes=3, in_chans=3), params)
+    data = PictureData(pictures, px=PX, in_chans=3, batch_size=6, chosen={}, seed=0, workers=0)
+    fit(
+        module,
+        data,
+        params=params,
+        folder=tmp_path,
+        first_epoch=0,
+        first_step=0,
+        log=lambda _, *, step: happened.append(f"step {step}"),
+        sync=lambda: happened.append("sync"),
+    )
+    # Two epochs of two steps: a checkpoint after each first step, and one at each end.
+    one = ["sync", "checkpoint"]
+    assert happened == [*one, "step 2", *one, *one, "step 4", *one]

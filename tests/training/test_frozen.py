@@ -92,7 +92,9 @@ def _trained(net: nn.Module, pictures: Store, folder: Path, **changed: Any) -> l
         views=phase.views,
         cached=kept,
     )
-    outcome = fit(module, data, params=params, folder=folder, first_epoch=0, first_step=0, log=_unheard)
+    outcome = fit(
+        module, data, params=params, folder=folder, first_epoch=0, first_step=0, log=_unheard, sync=lambda: None
+    )
     module.close()
     return outcome.rows
 

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline.training.checkpoints import BEST
+import pytest
+
+from pipeline.training.checkpoints import BEST, LAST
 from pipeline.training.progress import Outcome, Progress
 
 FACTS: dict[str, Any] = {"train.lr": 0.1, "train.transforms": {"rotate": {"limit": 5}}, "data.sha256": "ab"}
@@ -57,3 +59,33 @@ def test_a_finished_training_leaves_nothing_to_take_up(tmp_path: Path) -> None:
     first.clear()
     assert not Progress(tmp_path, facts=FACTS, leader=True).resumes
     assert not (tmp_path / "phases").exists()
+
+
+@pytest.mark.parametrize("kept", [0, 40, -1])
+def test_a_state_that_is_cut_short_is_begun_anew(kept: int, tmp_path: Path) -> None:
+    first = Progress(tmp_path, facts=FACTS, leader=True)
+    first.begin("run1")
+    first.phase_folder("one").mkdir(parents=True)
+    state = tmp_path / "state.json"
+    state.write_bytes(state.read_bytes()[:kept])
+    for leader in (False, True):
+        again = Progress(tmp_path, facts=FACTS, leader=leader)
+        assert not again.resumes
+        assert again.difference == f"{state} cannot be read"
+    assert not first.phase_folder("one").exists()
+    again.begin("run2")
+    assert Progress(tmp_path, facts=FACTS, leader=True).run_id == "run2"
+
+
+def test_a_phase_is_forgotten_with_those_that_began_with_it(tmp_path: Path) -> None:
+    first = Progress(tmp_path, facts=FACTS, leader=True)
+    for phase in ("one", "two", "three", "under_way"):
+        first.phase_folder(phase).mkdir(parents=True)
+        (first.phase_folder(phase) / LAST).touch()
+        if phase != "under_way":
+            first.finish(phase, _outcome(first))
+    first.forget("two")
+    for progress in (first, Progress(tmp_path, facts=FACTS, leader=True)):
+        assert [progress.outcome(phase) is not None for phase in ("one", "two", "three")] == [True, False, False]
+    left = [phase for phase in ("one", "two", "three", "under_way") if (first.phase_folder(phase) / LAST).exists()]
+    assert left == ["one", "two"]  # how far two is, its checkpoints say

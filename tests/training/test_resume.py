@@ -193,6 +193,33 @@ def test_no_place_is_wrong_to_be_killed_at(whole: Path, tmp_path: Path) -> None:
     _same(whole, folder)
 
 
+def test_workers_begin_with_the_next_epoch_where_one_is_over(whole: Path, tmp_path: Path) -> None:
+    # They make batches before Lightning has said which epoch it is, and an epoch's end leaves the loader no state.
+    folder = _project(tmp_path / "it", workers=1)
+    for stop in ("one:4", "two:3"):
+        assert _run(folder, stop).returncode == -signal.SIGKILL, stop
+    assert _run(folder).returncode == 0
+    _same(whole, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stops", "how"),
+    [
+        (("one:val0", "one:val1", "two:val0", "two:val2"), "SIGTERM"),
+        (("one:4", "one:7", "one:end", "two:4", "two:6"), "SIGKILL"),
+    ],
+)
+def test_workers_begin_anew_at_the_end_of_any_epoch(
+    stops: tuple[str, ...], how: str, whole: Path, tmp_path: Path
+) -> None:
+    folder = _project(tmp_path / "it", workers=1, checkpoint_every=1000)
+    for stop in stops:
+        assert _run(folder, stop, how).returncode == (143 if how == "SIGTERM" else -signal.SIGKILL), stop
+    assert _run(folder).returncode == 0
+    _same(whole, folder)
+
+
 @pytest.mark.slow
 def test_loading_workers_change_nothing_of_it(whole: Path, tmp_path: Path) -> None:
     folder = _project(tmp_path / "it", workers=2)
@@ -224,6 +251,23 @@ def test_a_checkpoint_that_cannot_be_read_gives_way_to_the_one_before(whole: Pat
     done = _run(folder)
     assert done.returncode == 0, done.stderr
     assert "last.ckpt cannot be read" in done.stderr
+    _same(whole, folder)
+
+
+@pytest.mark.parametrize("name", ["best.ckpt", pytest.param("last.ckpt", marks=pytest.mark.slow)])
+def test_a_phase_that_is_over_is_made_again_where_its_checkpoint_cannot_be_read(
+    name: str, whole: Path, tmp_path: Path
+) -> None:
+    folder = _project(tmp_path / "it")
+    assert _run(folder, "two:5").returncode == -signal.SIGKILL
+    path = folder / "models" / "progress" / NET / "phases" / "one" / name
+    broken = path.read_bytes()[: path.stat().st_size // 2]
+    path.unlink()  # which may be one file with another name
+    path.write_bytes(broken)
+    done = _run(folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("WARNING") == 1
+    assert f"{name} cannot be read" in done.stderr
     _same(whole, folder)
 
 
