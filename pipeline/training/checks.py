@@ -61,7 +61,6 @@ def learns_from_one(net: nn.Module, phase: Phase, params: TrainParams, card: Mod
             params=plain,
             pictures=1,
             num_classes=len(card.classes),
-            px=card.px,
             mean=card.mean,
             std=card.std,
         )
