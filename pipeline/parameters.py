@@ -201,7 +201,8 @@ class TrainParams(Params):
     ema_decay: float = Field(0.999, gt=0, lt=1)
     """Share of the moving average that a step keeps."""
     swa_start: float = Field(0.5, ge=0, lt=1)
-    """Share of a phase's epochs after which the average over epochs begins."""
+    """Share of a phase's steps after which the average over epochs begins: of the weights at the end of each epoch,
+    and of the phase's last step."""
     teacher: str = str(paths.NO_WEIGHTS)
     """A model trained by Thaw to distil from (a model.safetensors); the placeholder models/no-weights means none."""
     distill_weight: float = Field(0.5, gt=0, le=1)
