@@ -95,8 +95,8 @@ class ModelParams(Params):
     pretrained: StrictBool | Literal["auto"] = "auto"
     """true: pretrained weights or an error; false: random; auto: pretrained if any source has them, else random."""
     weights: str = str(paths.NO_WEIGHTS)
-    """A file of weights for this net (.safetensors or .pth), such as a model trained by Thaw; the placeholder
-    models/no-weights means none."""
+    """A file of weights for this net (.safetensors or .pth), such as a model trained by Thaw (of this very net: a copy
+    of it, outside models/NET/); the placeholder models/no-weights means none."""
     in_chans: Literal[1, 3] = 3
     """Channels that the net sees; grey pictures are repeated, colour ones turned to luma."""
     drop_rate: Literal["auto"] | Annotated[float, Field(ge=0, lt=1)] = "auto"

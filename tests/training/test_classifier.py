@@ -426,27 +426,27 @@ def test_swa_of_a_resumed_phase_that_ends_in_mid_epoch_is_the_same_to_the_bit(
     stop: int, pictures: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Any] = {"phase": {"steps": 7}, "average": "swa", "swa_start": 0.3, "checkpoint_every": 1}
-    kept = []
-    for name in ("whole", "stopped"):
+
+    def fresh() -> nn.Module:
         torch.manual_seed(0)
-        net = nets.build("scratch/resnet20", num_classes=3)
-        if name == "stopped":
-            step = Classifier.training_step
+        return nets.build("scratch/resnet20", num_classes=3)
 
-            def broken(self: Classifier, batch: Any, index: int, step: Any = step) -> torch.Tensor:
-                if self.global_step == stop:
-                    raise RuntimeError("stopped here")
-                done: torch.Tensor = step(self, batch, index)
-                return done
+    step = Classifier.training_step
 
-            with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stopped here"):
-                patch.setattr(Classifier, "training_step", broken)
-                _fit(net, pictures, tmp_path / name, **asked)
-            net = nets.build("scratch/resnet20", num_classes=3)
-        outcome = _fit(net, pictures, tmp_path / name, before=stop // 2 if name == "stopped" else 0, **asked)
-        kept.append(torch.load(outcome.last, weights_only=True)["state_dict"])
-    assert int(kept[0]["average.count"]) == 3
-    assert all(torch.equal(value, kept[1][name]) for name, value in kept[0].items())
+    def broken(self: Classifier, batch: Any, index: int) -> torch.Tensor:
+        if self.global_step == stop:
+            raise RuntimeError("stopped here")
+        return step(self, batch, index)
+
+    whole = _fit(fresh(), pictures, tmp_path / "whole", **asked)
+    monkeypatch.setattr(Classifier, "training_step", broken)
+    with pytest.raises(RuntimeError, match="stopped here"):
+        _fit(fresh(), pictures, tmp_path / "stopped", **asked)
+    monkeypatch.setattr(Classifier, "training_step", step)
+    resumed = _fit(fresh(), pictures, tmp_path / "stopped", before=stop // 2, **asked)
+    first, second = (torch.load(each.last, weights_only=True)["state_dict"] for each in (whole, resumed))
+    assert int(first["average.count"]) == 3
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def test_a_teacher_pulls_the_logits_towards_its_own(pictures: Store, tmp_path: Path) -> None:
