@@ -4,7 +4,7 @@ The train stage is one job; cross-validation and tuning are several.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -28,7 +28,7 @@ from pipeline.errors import UserError, blaming
 from pipeline.files import fresh_folder
 from pipeline.outbox import warn
 from pipeline.parameters import Config, operational
-from pipeline.training import finder, frozen, objective, optim, schedule, tuning, weights
+from pipeline.training import checks, finder, frozen, objective, schedule, tuning, weights
 from pipeline.training.checkpoints import load_weights, write_whole
 from pipeline.training.classifier import Classifier
 from pipeline.training.distillation import Teacher
@@ -80,9 +80,9 @@ def run(job: Job) -> pd.DataFrame | None:
     phases = schedule.plan(config.train, net, px=config.px, random_start=origin.start == "random")
     if leader:
         with _locked(job):
-            _check(phases, net, config)
+            checks.check(phases, net, config)
             return _lead(job, net, card, phases, origin)
-    _check(phases, net, config)
+    checks.check(phases, net, config)
     progress = Progress(job.progress, facts=_facts(job, origin), leader=False)
     _train(job, net, card, phases, _cuts(job, net, phases), progress, log=_another_ranks)
     return None
@@ -147,18 +147,6 @@ def _lead(job: Job, net: nn.Module, card: ModelCard, phases: list[Phase], origin
         rows = _write(job, net, card, phases, outcomes, progress, run=tracked)
     progress.clear()
     return rows
-
-
-def _check(phases: list[Phase], net: nn.Module, config: Config) -> None:
-    """Refuses what the net does not take, before anything is begun."""
-    tuning.check(config.train)
-    for phase in phases:
-        with blaming("model.name"):
-            nets.check_px(net, phase.px, name=config.model.name)
-        with blaming("train.optimizer"):
-            optim.check_optimizer(phase.optimizer)
-        with blaming("train.phases"):
-            schedule.thaw(net, phase.trainable)
 
 
 def _facts(job: Job, origin: Origin) -> dict[str, Any]:
@@ -256,7 +244,23 @@ def _train(
         module.close()
         progress.finish(phase.name, outcome)
         outcomes.append(outcome)
+        if rank() == 0 and (told := worse(outcomes, monitor=params.monitor)):
+            warn(told)
     return outcomes
+
+
+def worse(outcomes: Sequence[Outcome], *, monitor: str) -> str:
+    """What is to be said where the last of these phases has not come to what the one before had; else nothing."""
+    if len(outcomes) < 2:
+        return ""
+    rows = [next(row for row in o.rows if row["epoch"] == o.best_epoch) for o in outcomes[-2:]]
+    before, now = (float(row[monitor]) for row in rows)
+    if now <= before if monitor.endswith("loss") else now >= before:
+        return ""
+    return (
+        f"phase {rows[1]['phase']} ends at {monitor} {now:.4f}, worse than phase {rows[0]['phase']} before it "
+        f"({before:.4f}): try a lower lr or more epochs there, or leave it out"
+    )
 
 
 def _found(module: Classifier, data: PictureData, phase: Phase, job: Job, progress: Progress) -> list[float]:
