@@ -52,7 +52,7 @@ def _told(panels: int) -> str:
         return "learning rate (dashed: the one to train with)"
     return (
         "learning rate (dashed: the one to train with, balanced around that of all layers;\n"
-        "layers without a panel do nothing alone, and have a rate near that of all)"
+        "layers without a panel do nothing alone, and have at most that rate)"
     )
 
 

@@ -31,7 +31,9 @@ DIVERGED = 4.0
 FALL = 0.01
 """Share of the first loss by which it must fall somewhere; less is noise."""
 STEEP = 0.8
-"""Share of the steepest slope that counts as steep: the highest such rate is taken."""
+"""Share of the steepest slope that counts as steep: the highest such rate is taken. With this and what follows, on six
+pairs of net and optimiser (LeNet-5 with adamw and lamb; tf_efficientnet_lite0's head and all of it, each with adamw and
+mixup and with sgd; Fashion-MNIST at 32 px) the rate lay at 0.3 to 2.4 of the best of a grid for 40 one-cycle steps."""
 WINDOW = 0.5
 """Powers of ten of the rate that a slope is taken over; one between two steps of a sweep is mostly noise."""
 DESCENT = 0.9
