@@ -361,10 +361,13 @@ def _stop(number: int, _: FrameType | None) -> NoReturn:
     raise SystemExit(143)
 
 
-def _place(error: UserError) -> str:
-    """Where in params.yaml the mistake stands, for an error whose message does not say."""
+def _place(error: UserError, settings: Sequence[str]) -> str:
+    """Where the mistake stands, for an error whose message does not say: in params.yaml, or among what is set."""
     if not error.parameter:
         return ""
+    for key in (word.partition("=")[0] for word in settings):
+        if f"{key}.".startswith(f"{error.parameter}.") or f"{error.parameter}.".startswith(f"{key}."):
+            return f"{key}: "
     from pipeline import config
 
     return f"{config.where(error.parameter)}: "
@@ -389,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except UserError as error:
-        print(f"thaw {args.command}: {_place(error)}{error}", file=sys.stderr)
+        print(f"thaw {args.command}: {_place(error, getattr(args, 'set', []))}{error}", file=sys.stderr)
         return 2
     return 0
 

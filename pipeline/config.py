@@ -130,7 +130,8 @@ def _explain(error: ValidationError, document: CommentedMap, path: Path, *, over
     if first["type"] == "missing":
         return f"{where}{'.'.join(location)}: missing"
     problems = [e for e in found if _document_path(document, _location(e)) == keys]
-    message = " or ".join(dict.fromkeys(_message(problem, dotted) for problem in _telling(problems)))
+    told = _telling(problems)
+    message = _not_among(told) or " or ".join(dict.fromkeys(_message(problem, dotted) for problem in told))
     return f"{where}{dotted}: {message}" if dotted else f"{where}{message}"
 
 
@@ -147,6 +148,9 @@ def _of_another_branch(problem: Any) -> bool:
 
 def _telling(problems: list[Any]) -> list[Any]:
     """Of what the branches of a union say, what helps: of names where a word stands there, else of numbers."""
+    keys = [problem for problem in problems if "[key]" in problem["loc"]]
+    if keys:
+        return keys  # what stands under a wrong name is not looked at
     names = [problem for problem in problems if problem["type"] == "literal_error"]
     others = [problem for problem in problems if problem["type"] != "literal_error"]
     if not names or not others:
@@ -154,12 +158,20 @@ def _telling(problems: list[Any]) -> list[Any]:
     return names if isinstance(names[0]["input"], str) else others
 
 
+def _not_among(problems: list[Any]) -> str:
+    """That a word is none of the names that all branches of a union know; empty where that is not what is wrong."""
+    if any(problem["type"] != "literal_error" for problem in problems):
+        return ""
+    known = [word for problem in problems for word in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+    word = str(problems[0]["input"])
+    near = nearest(word, [name.strip("'") for name in known])
+    choices = " or ".join(filter(None, (", ".join(known[:-1]), known[-1])))
+    return f"{problems[0]['input']!r} is not {choices}{near if 'did you mean' in near else ''}"
+
+
 def _message(problem: Any, dotted: str) -> str:
-    if problem["type"] == "literal_error":
-        choices = problem["ctx"]["expected"]
-        names = [choice.strip("'") for choice in choices.replace(" or ", ", ").split(", ")]
-        hint = nearest(str(problem["input"]), names) if "did you mean" in nearest(str(problem["input"]), names) else ""
-        return f"{problem['input']!r} is not {choices}{hint}"
+    if problem["type"] == "string_pattern_mismatch" and "[key]" in problem["loc"]:
+        return f"{problem['input']!r} cannot be a phase's name: small letters, digits and _, a letter first"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     if problem["type"] == "string_pattern_mismatch" and dotted.endswith("trainable"):

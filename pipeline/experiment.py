@@ -57,10 +57,27 @@ def check_names(wanted: Config) -> None:
         raise UserError(f"{wanted.train.teacher}: no such model", parameter="train.teacher")
     if not Path(wanted.model.weights).exists():
         raise UserError(f"{wanted.model.weights}: no such file of weights", parameter="model.weights")
+    _check_inputs(wanted)
     # What the weights stage has been through is known; asking timm takes seconds.
     if not paths.pretrained(wanted.model.name).exists():
         with blaming("model.name"):
             nets.check(wanted.model.name)
+
+
+def _check_inputs(wanted: Config) -> None:
+    """Refuses to start from what the stages are about to make anew: in DVC a file is input or output, never both."""
+    name = wanted.model.name
+    made = [folder.resolve() for folder in (paths.pretrained(name), paths.trained(name), paths.evaluated(name))]
+    for parameter, given in (("model.weights", wanted.model.weights), ("train.teacher", wanted.train.teacher)):
+        path = Path(given)
+        place = path.parent.resolve() / path.name  # not where it links to, which may be DVC's cache
+        if any(place.is_relative_to(folder) for folder in made):
+            copy = paths.WARM / f"{name.replace('/', '-')}{path.suffix}"
+            raise UserError(
+                f"{given}: this experiment makes it anew, so it cannot start from it; copy it first: "
+                f"mkdir -p {copy.parent} && cp {given} {copy}, then {parameter}={copy}",
+                parameter=parameter,
+            )
 
 
 def check_net(wanted: Config) -> None:

@@ -95,8 +95,8 @@ class ModelParams(Params):
     pretrained: StrictBool | Literal["auto"] = "auto"
     """true: pretrained weights or an error; false: random; auto: pretrained if any source has them, else random."""
     weights: str = str(paths.NO_WEIGHTS)
-    """A file of weights for this net (.safetensors or .pth), such as a model trained by Thaw; the placeholder
-    models/no-weights means none."""
+    """A file of weights for this net (.safetensors or .pth), such as a model trained by Thaw (of this very net: a copy
+    of it, outside models/NET/); the placeholder models/no-weights means none."""
     in_chans: Literal[1, 3] = 3
     """Channels that the net sees; grey pictures are repeated, colour ones turned to luma."""
     drop_rate: Literal["auto"] | Annotated[float, Field(ge=0, lt=1)] = "auto"
@@ -146,6 +146,12 @@ class PhaseParams(Params):
     views: Auto | Annotated[int, Field(ge=0, le=1000)] = "auto"
     """Augmented versions of each picture that epochs take by turns; 0 for a fresh one every epoch."""
 
+    @model_validator(mode="after")
+    def _one_length(self) -> "PhaseParams":
+        if self.steps and self.epochs != "auto":
+            raise ValueAtError(f"{self.steps} steps and {self.epochs} epochs cannot both be; leave one out", "steps")
+        return self
+
 
 class TrainParams(Params):
     """The schedule and how it is carried out."""
@@ -187,7 +193,7 @@ class TrainParams(Params):
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: a class counts in the loss by the inverse of its share of the training pictures."""
     sampling: Literal["shuffled", "balanced"] = "shuffled"
-    """balanced: each epoch draws, with replacement, as many pictures, every class as often."""
+    """balanced: each epoch draws as many pictures, every class as often; one comes again when its class has run out."""
     l1: float = Field(0.0, ge=0)
     """L1 penalty on the kernels that learn: this times the sum of their absolute values."""
     activity: float = Field(0.0, ge=0)
@@ -201,7 +207,8 @@ class TrainParams(Params):
     ema_decay: float = Field(0.999, gt=0, lt=1)
     """Share of the moving average that a step keeps."""
     swa_start: float = Field(0.5, ge=0, lt=1)
-    """Share of a phase's epochs after which the average over epochs begins."""
+    """Share of a phase's steps after which the average over epochs begins: of the weights at the end of each epoch,
+    and of the phase's last step."""
     teacher: str = str(paths.NO_WEIGHTS)
     """A model trained by Thaw to distil from (a model.safetensors); the placeholder models/no-weights means none."""
     distill_weight: float = Field(0.5, gt=0, le=1)
@@ -218,7 +225,7 @@ class TrainParams(Params):
     cache_gb: Annotated[float, Field(gt=0), Operational] = 20.0
     """Disk space of what is kept so, of all runs together, in GB (10^9 bytes); what was used longest ago makes room."""
     monitor: Literal["val/loss", "val/top1"] = "val/loss"
-    """What picks the best epoch and stops early."""
+    """What picks the best epoch and stops early; val/loss is the plain cross-entropy, whatever `loss` is."""
     patience: int = Field(0, ge=0)
     """Epochs without a better `monitor` before a phase ends early; 0 for never."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
@@ -251,6 +258,10 @@ class TrainParams(Params):
     """Data-loading processes; 0 loads in the training process, auto starts some where batches are slow to make."""
 
     _transforms = field_validator("transforms")(check_transforms)
+
+    def named_phases(self) -> dict[str, PhaseParams]:
+        """The phases that are written out; none where a ready-made schedule is named."""
+        return {} if isinstance(self.phases, str) else self.phases
 
     def phase(self, phase: PhaseParams) -> PhaseParams:
         """A phase in which `auto` is replaced by what is said here (which may be `auto` in its turn)."""
@@ -298,6 +309,15 @@ class Config(Params):
             raise ValueAtError(
                 f"{self.train.px} is larger than augment.px, {self.augment.px}; raise that", "train", "px"
             )
+        for name, phase in self.train.named_phases().items():
+            if phase.px != "auto" and phase.px > self.augment.px:
+                raise ValueAtError(
+                    f"{phase.px} is larger than augment.px, {self.augment.px}; raise that",
+                    "train",
+                    "phases",
+                    name,
+                    "px",
+                )
         return self
 
     @property

@@ -15,6 +15,9 @@ CONFUSION = Path("models/confusion.csv")
 NO_WEIGHTS = Path("models/no-weights")
 """The committed placeholder that `model.weights` names when no file of weights is given."""
 
+WARM = Path("data/weights")
+"""For copies of trained models that a training of the same net starts from; git-ignored, outside every out."""
+
 
 def root() -> Path:
     """The repository: where the tracking store and everything that outlives a stage lies."""

@@ -52,6 +52,17 @@ def test_every_parameter_is_documented() -> None:
         ("  lr: 3.0e-3 ", "  lr: .nan ", "train.lr: input should be"),
         ("      epochs: 1 ", "      lr: -1.0 ", "train.phases.frozen.lr: input should be greater than 0, got -1.0"),
         ("  scheduler: onecycle ", "  scheduler: onecyle ", "did you mean onecycle?"),
+        (
+            "      epochs: 1 ",
+            "      lr: fnd ",
+            "train.phases.frozen.lr: 'fnd' is not 'auto' or 'find'; did you mean find?",
+        ),
+        (
+            "    finetune:",
+            "    Finetune:",
+            "Finetune: 'Finetune' cannot be a phase's name: small letters, digits and _",
+        ),
+        ("      epochs: 1 ", "      px: 128 ", "train.phases.frozen.px: 128 is larger than augment.px, 64; raise that"),
     ],
 )
 def test_a_mistake_is_named_with_its_line_and_the_right_name(tmp_path: Path, old: str, new: str, expected: str) -> None:
@@ -78,6 +89,19 @@ def test_phases_may_be_the_name_of_a_schedule() -> None:
         config.load(PARAMS, overrides={"train.phases": "gradual"})
     with pytest.raises(UserError, match=r"phases is a single value; `python -m pipeline schedule --yaml` writes"):
         config.load(PARAMS, overrides={"train.phases": "bitfit", "train.phases.frozen.epochs": 2})
+
+
+def test_a_phase_has_steps_or_epochs() -> None:
+    with pytest.raises(
+        UserError, match=r"^train\.phases\.frozen\.steps: 5 steps and 1 epochs cannot both be; leave one"
+    ):
+        config.load(PARAMS, overrides={"train.phases.frozen.steps": 5})
+    config.load(PARAMS, overrides={"train.phases.finetune.steps": 5})
+
+
+def test_what_stands_under_a_phases_wrong_name_is_not_spoken_of() -> None:
+    with pytest.raises(UserError, match=r"^train\.phases\.Finetune: 'Finetune' cannot be a phase's name: .*first$"):
+        config.load(PARAMS, overrides={"train.phases.Finetune.lr": 1})
 
 
 def test_no_default_is_null() -> None:

@@ -141,6 +141,36 @@ def test_what_does_not_exist_is_named_before_dvc_stumbles_over_it(folder: Path, 
     assert not (folder / "asked").exists()
 
 
+@pytest.mark.parametrize("parameter", ["model.weights", "train.teacher"])
+@pytest.mark.parametrize(
+    "written", ["models/{}/train/model.safetensors", "./models/{}/../{}/train/best.ckpt", "{root}/model.safetensors"]
+)
+def test_a_net_does_not_start_from_the_very_files_that_it_makes(folder: Path, parameter: str, written: str) -> None:
+    name = "scratch/lenet5"
+    made = folder / "models" / name / "train"
+    made.mkdir(parents=True)
+    (folder / "in DVC's cache").touch()
+    (made / "model.safetensors").symlink_to(folder / "in DVC's cache")
+    (made / "best.ckpt").touch()
+    given = written.format(name, Path(name).name, root=made)
+    (folder / "dvc.py").write_text("open('asked', 'w')")
+    with pytest.raises(UserError) as caught:
+        experiment.run(model=name, epochs=None, settings=[f"{parameter}={given}"])
+    copy = f"data/weights/scratch-lenet5{Path(given).suffix}"
+    assert str(caught.value) == (
+        f"{parameter}: {given}: this experiment makes it anew, so it cannot start from it; copy it first: "
+        f"mkdir -p data/weights && cp {given} {copy}, then {parameter}={copy}"
+    )
+    assert not (folder / "asked").exists()
+    # Another net may; and so may this one, from the copy that is told of.
+    wanted = config.load(overrides={"model.name": "resnet18", parameter: given})
+    (folder / "models" / "pretrained" / "resnet18").mkdir(parents=True)
+    experiment.check_names(wanted)
+    (folder / "data" / "weights").mkdir()
+    (folder / copy).touch()
+    experiment.check_names(config.load(overrides={"model.name": name, parameter: copy}))
+
+
 def test_no_epochs_at_all_are_refused(folder: Path) -> None:  # noqa: ARG001, the place to run in
     with pytest.raises(UserError, match="greater than or equal to 1, got 0"):
         experiment.run(model="", epochs=0, settings=[])

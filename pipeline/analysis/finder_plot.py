@@ -17,10 +17,13 @@ LONG = 34
 
 
 def draw(sweeps: Sequence[Sweep], path: Path) -> Path:
-    """A panel a sweep, all on the same axes; a dashed line marks the rate to train with.
+    """A panel a sweep, all on the same axes; a dashed line marks the rate of what learned in it.
+
+    Where layers have rates of their own, they train at those, and the first panel's rate is only what these are
+    balanced around; layers that were not swept alone, or did nothing alone, have no panel.
 
     Args:
-        sweeps: one or more, in the order of the panels.
+        sweeps: one or more, in the order of the panels, that of all layers first.
         path: where the PNG goes; returned.
     """
     columns = min(COLUMNS, len(sweeps))
@@ -38,9 +41,19 @@ def draw(sweeps: Sequence[Sweep], path: Path) -> Path:
     bottom = min(min(sweep.losses) for sweep in sweeps)
     # What is above, where a sweep diverges, is of no interest.
     panels[0, 0].set_ylim(bottom - 0.1 * (top - bottom), top + 0.5 * (top - bottom))
-    figure.supxlabel("learning rate (dashed: the one to train with)", fontsize=12)
+    figure.supxlabel(_told(len(sweeps)), fontsize=12)
     figure.supylabel("loss while training, smoothed", fontsize=12)
     return plots.save(figure, path)
+
+
+def _told(panels: int) -> str:
+    """What the dashed lines are."""
+    if panels == 1:
+        return "learning rate (dashed: the one to train with)"
+    return (
+        "learning rate (dashed: the one to train with, balanced around that of all layers;\n"
+        "layers without a panel do nothing alone, and have at most that rate)"
+    )
 
 
 def _sweep(axes: Axes, sweep: Sweep) -> None:

@@ -31,7 +31,7 @@ def run(config: Config, *, as_yaml: bool) -> None:
     from pipeline import nets, paths
     from pipeline.data.store import Store
     from pipeline.errors import blaming
-    from pipeline.training import frozen
+    from pipeline.training import checks, frozen
     from pipeline.training.pretrained import Origin
 
     model = config.model
@@ -39,12 +39,22 @@ def run(config: Config, *, as_yaml: bool) -> None:
     store = Store(prepared) if prepared.exists() else None
     random_start = Origin.read(pretrained).start == "random" if pretrained.exists() else model.pretrained is False
     with blaming("model.name"), torch.device("meta"):
-        net = nets.build(model.name, num_classes=len(store.meta.classes) if store else 1000, in_chans=model.in_chans)
+        net = nets.build(
+            model.name,
+            num_classes=len(store.meta.classes) if store else 1000,
+            in_chans=model.in_chans,
+            drop_rate=model.drop_rate,
+            drop_path_rate=model.drop_path_rate,
+            stem=model.stem,
+            recompute=model.recompute,
+        )
     with blaming("train.phases"):
         if as_yaml:
             YAML().dump({"phases": _written_out(config, net)}, sys.stdout)
             return
         phases = schedule.plan(config.train, net, px=config.px, random_start=random_start)
+        with torch.device("meta"):
+            checks.check_schedule(phases, net, config)
         counts = store.counts() if store else {"train": 0, "val": 0}
         both = counts["train"] + counts["val"]
         plans = [frozen.plan(p, net, params=config.train, in_chans=model.in_chans, pictures=both) for p in phases]

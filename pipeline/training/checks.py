@@ -1,6 +1,6 @@
 """What a training refuses before anything is begun: what the net, the machine or the pictures do not take."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 
 import torch
@@ -20,14 +20,13 @@ SINGLE = "Expected more than 1 value per channel when training"
 """What torch's batch norms say to a single picture whose map is one pixel large."""
 
 
-def check(config: Config, store: Store, net: nn.Module, card: ModelCard, phases: list[Phase]) -> None:
-    """Refuses the first thing that is wrong.
+def check_schedule(phases: Sequence[Phase], net: nn.Module, config: Config) -> None:
+    """Refuses what can be known without pictures: too small a side, an optimiser or layers that are not there.
 
     Raises:
         UserError: with the parameter that is to blame.
     """
-    params = config.train
-    tuning.check(params)
+    tuning.check(config.train)
     for phase in phases:
         with blaming("model.name"):
             nets.check_px(net, phase.px, name=config.model.name)
@@ -35,6 +34,16 @@ def check(config: Config, store: Store, net: nn.Module, card: ModelCard, phases:
             optim.check_optimizer(phase.optimizer)
         with blaming("train.phases"):
             schedule.thaw(net, phase.trainable)
+
+
+def check(config: Config, store: Store, net: nn.Module, card: ModelCard, phases: list[Phase]) -> None:
+    """Refuses the first thing that is wrong.
+
+    Raises:
+        UserError: with the parameter that is to blame.
+    """
+    params = config.train
+    check_schedule(phases, net, config)
     world = num_processes(params, phases[0])
     for phase in phases:
         _check_batch(phase, params, world=world)

@@ -193,10 +193,7 @@ class Classifier(L.LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         # Here, and not at the batch's end, where a checkpoint may already have been written.
-        if self.average is None:
-            return
-        after = self.phase.epochs_of(self.pictures) * self._params.swa_start
-        if self._params.average == "ema" or (self.trainer.is_last_batch and self.current_epoch >= after):
+        if self.average is not None and (self._params.average == "ema" or self._ends_an_averaged_epoch()):
             self.average.update(self.net)
 
     def validation_step(self, batch: Batch, index: int) -> None:  # noqa: ARG002, Lightning's signature
@@ -238,17 +235,31 @@ class Classifier(L.LightningModule):
             # A fused one unscales the gradients of 16-mixed itself, after they would have been clipped and noted.
             fused=self._params.precision != "16-mixed",
         )
-        # Not the trainer's estimate: it sets up the loader before a checkpoint has told it where to begin.
-        total = 1 if self._params.fast_dev_run else phase.total_steps(self.pictures)
         scheduler = optim.scheduler(
             optimizer,
             name=phase.scheduler,
-            total_steps=total,
+            total_steps=self._total_steps,
             warmup=phase.warmup,
         )
         if scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def _total_steps(self) -> int:
+        """Optimiser steps of the phase, unless it ends early."""
+        # Not the trainer's estimate: it sets up the loader before a checkpoint has told it where to begin.
+        return 1 if self._params.fast_dev_run else self.phase.total_steps(self.pictures)
+
+    def _ends_an_averaged_epoch(self) -> bool:
+        """Whether the step that is being taken is one whose weights swa takes in.
+
+        An epoch's last, once more than `swa_start` of the phase is over; and the phase's last, wherever in an epoch.
+        """
+        step = self.global_step + 1  # Lightning counts it afterwards
+        if step == self._total_steps:
+            return True
+        return bool(self.trainer.is_last_batch) and step > self._params.swa_start * self._total_steps
 
     def _judged(self) -> nn.Module:
         """The net whose weights are judged and kept: the average, once there is one."""

@@ -4,7 +4,7 @@ The train stage is one job; cross-validation and tuning are several.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -246,6 +246,8 @@ def _train(
         module.close()
         progress.finish(phase.name, outcome)
         outcomes.append(outcome)
+        if rank() == 0 and (told := worse(outcomes, monitor=params.monitor)):
+            warn(told)
     return outcomes
 
 
@@ -256,6 +258,20 @@ def _done(progress: Progress, phase: Phase) -> Outcome | None:
         progress.forget(phase.name)
         return None
     return outcome
+
+
+def worse(outcomes: Sequence[Outcome], *, monitor: str) -> str:
+    """What is to be said where the last of these phases has not come to what the one before had; else nothing."""
+    if len(outcomes) < 2:
+        return ""
+    rows = [next(row for row in o.rows if row["epoch"] == o.best_epoch) for o in outcomes[-2:]]
+    before, now = (float(row[monitor]) for row in rows)
+    if now <= before if monitor.endswith("loss") else now >= before:
+        return ""
+    return (
+        f"phase {rows[1]['phase']} ends at {monitor} {now:.4f}, worse than phase {rows[0]['phase']} before it "
+        f"({before:.4f}): try a lower lr or more epochs there, or leave it out"
+    )
 
 
 def _found(module: Classifier, data: PictureData, phase: Phase, job: Job, progress: Progress) -> list[float]:

@@ -9,6 +9,7 @@ from ruamel.yaml import YAML
 from torch import nn
 
 from pipeline import config, nets
+from pipeline.__main__ import main
 from pipeline.analysis import schedule_view
 from pipeline.training import schedule
 from pipeline.training.schedule import Phase
@@ -78,3 +79,26 @@ def test_without_prepared_pictures_the_steps_are_left_open(
     printed = capsys.readouterr().out
     assert "finetune" in printed
     assert "steps are known once data/prepared/fashion_mnist is there" in printed
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "train.optimizer=adamww",
+            "train.optimizer: adamww: timm has no such optimiser; did you mean adamw",
+        ),
+        ("augment.px=62", "model.name: scratch/alexnet takes pictures of 63 px or more"),
+        ("model.recompute=true", "model.name: scratch/alexnet takes no recompute"),
+    ],
+)
+def test_what_train_refuses_is_refused_here(
+    setting: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "params.yaml").read_text().replace("tf_efficientnet_lite0", "scratch/alexnet")
+    (tmp_path / "params.yaml").write_text(text)
+    assert main(["schedule", "--set", "model.pretrained=false", setting]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert ("params.yaml:" in error) == (not message.startswith(setting.partition("=")[0]))  # it stands in no file

@@ -58,8 +58,15 @@ def _module(net: nn.Module, params: TrainParams, **given: Any) -> Classifier:
 
 
 def _fit(
-    net: nn.Module, pictures: Store, folder: Path, *, given: dict[str, Any] | None = None, **changed: Any
+    net: nn.Module,
+    pictures: Store,
+    folder: Path,
+    *,
+    given: dict[str, Any] | None = None,
+    before: int = 0,
+    **changed: Any,
 ) -> Outcome:
+    """One phase; `before` is how many of its epochs an earlier call has been through, which was stopped."""
     params = _params(**changed)
     module = _module(net, params, **(given or {}))
     data = PictureData(
@@ -84,7 +91,7 @@ def _fit(
         sync=lambda: None,
     )
     module.close()
-    assert len([step for step, metrics in points if "val/top1" in metrics]) == len(outcome.rows)
+    assert len([step for step, metrics in points if "val/top1" in metrics]) == len(outcome.rows) - before
     assert points[-1][0] == 100 + outcome.steps
     return outcome
 
@@ -361,6 +368,86 @@ def test_what_is_judged_and_kept_is_the_average(average: str, pictures: Store, t
     last = torch.load(outcome.last, weights_only=True)["state_dict"]
     assert int(last["average.count"]) == (8 if average == "ema" else 2)
     assert not torch.equal(last["net.conv1.weight"], last["average.net.conv1.weight"])
+
+
+def _states_after_steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """Where the net's state after each optimiser step will be."""
+    states: list[dict[str, torch.Tensor]] = []
+    step = Classifier.optimizer_step
+
+    def noted(self: Classifier, *args: Any, **given: Any) -> None:
+        step(self, *args, **given)
+        states.append(_state(self.net))
+
+    monkeypatch.setattr(Classifier, "optimizer_step", noted)
+    return states
+
+
+@pytest.mark.parametrize(
+    ("phase", "start", "averaged"),
+    [
+        ({"epochs": 1}, 0.5, [2]),
+        ({"epochs": 3}, 0.5, [4, 6]),
+        ({"epochs": 4}, 0.5, [6, 8]),
+        ({"steps": 1}, 0.5, [1]),
+        ({"steps": 5}, 0.5, [4, 5]),
+        ({"steps": 7}, 0.9, [7]),
+        ({"epochs": 5, "lr": 1e-30, "patience": 2}, 0.3, [4, 6]),  # the third epoch of five is the last
+        ({"epochs": 2, "batch_size": 12, "accumulate": 2}, 0.0, [1, 2]),
+    ],
+)
+def test_swa_is_the_mean_over_epochs_ends_after_its_start_and_the_very_last_step(
+    phase: dict[str, Any],
+    start: float,
+    averaged: list[int],
+    pictures: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An epoch has two steps, but where its batch is 12 pictures."""
+    states = _states_after_steps(monkeypatch)
+    net = nets.build("scratch/lenet5", num_classes=3)
+    outcome = _fit(net, pictures, tmp_path, phase=phase, average="swa", swa_start=start)
+    assert outcome.steps == len(states) == averaged[-1]
+    last = torch.load(outcome.last, weights_only=True)["state_dict"]
+    assert int(last["average.count"]) == len(averaged)
+    for name, _ in net.named_parameters():
+        mean = torch.stack([states[step - 1][name] for step in averaged]).mean(0)
+        torch.testing.assert_close(last[f"average.net.{name}"], mean, msg=name)
+
+
+def test_a_trial_of_one_batch_is_averaged_too(pictures: Store, tmp_path: Path) -> None:
+    net = nets.build("scratch/lenet5", num_classes=3)
+    outcome = _fit(net, pictures, tmp_path, average="swa", fast_dev_run=True)
+    assert int(torch.load(outcome.last, weights_only=True)["state_dict"]["average.count"]) == 1
+
+
+@pytest.mark.parametrize("stop", [3, 5, 6])
+def test_swa_of_a_resumed_phase_that_ends_in_mid_epoch_is_the_same_to_the_bit(
+    stop: int, pictures: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {"phase": {"steps": 7}, "average": "swa", "swa_start": 0.3, "checkpoint_every": 1}
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        return nets.build("scratch/resnet20", num_classes=3)
+
+    step = Classifier.training_step
+
+    def broken(self: Classifier, batch: Any, index: int) -> torch.Tensor:
+        if self.global_step == stop:
+            raise RuntimeError("stopped here")
+        return step(self, batch, index)
+
+    whole = _fit(fresh(), pictures, tmp_path / "whole", **asked)
+    monkeypatch.setattr(Classifier, "training_step", broken)
+    with pytest.raises(RuntimeError, match="stopped here"):
+        _fit(fresh(), pictures, tmp_path / "stopped", **asked)
+    monkeypatch.setattr(Classifier, "training_step", step)
+    resumed = _fit(fresh(), pictures, tmp_path / "stopped", before=stop // 2, **asked)
+    first, second = (torch.load(each.last, weights_only=True)["state_dict"] for each in (whole, resumed))
+    assert int(first["average.count"]) == 3
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def test_a_teacher_pulls_the_logits_towards_its_own(pictures: Store, tmp_path: Path) -> None:
