@@ -3,8 +3,7 @@
 The train stage is one job; cross-validation and tuning are several.
 """
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -20,32 +19,26 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import nn
 
 from pipeline import machine, nets, paths, provenance, tracking
-from pipeline.analysis import finder_plot, inference, metrics, plots, schedule_view
+from pipeline.analysis import finder_plot, schedule_view
 from pipeline.config import flat
-from pipeline.data.datamodule import Batch, Batches, PictureData, Pictures
+from pipeline.data.datamodule import Batch, PictureData
 from pipeline.data.store import Store
 from pipeline.errors import UserError, blaming
-from pipeline.files import fresh_folder
 from pipeline.outbox import warn
 from pipeline.parameters import Config, operational
-from pipeline.training import finder, frozen, objective, schedule, tuning, weights
-from pipeline.training.checkpoints import load_weights, whole, write_whole
+from pipeline.training import finder, frozen, objective, results, schedule, tuning, weights
+from pipeline.training.checkpoints import load_weights, whole
 from pipeline.training.checks import check
 from pipeline.training.classifier import Classifier
 from pipeline.training.distillation import Teacher
 from pipeline.training.fit import Log, fit, rank
 from pipeline.training.pretrained import Origin
-from pipeline.training.profiling import TRACE
-from pipeline.training.progress import Outcome, Progress
-from pipeline.training.record import PhaseRecord, Record
+from pipeline.training.progress import SWEEPS, Outcome, Progress
 from pipeline.training.schedule import Phase
 from pipeline.training.weights import ModelCard
 
-SHOWN = 32
-"""Pictures drawn of the first training batch."""
 SWEPT = 8
 """Batches that the learning-rate finder reads."""
-SWEEPS = "lr_find.png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +138,9 @@ def _lead(job: Job, net: nn.Module, card: ModelCard, phases: list[Phase], origin
             tracked.set_tags({f"auto_tune.{key}": str(value) for key, value in progress.tuned["choice"].items()})
             job = replace(job, config=job.config.model_copy(update={"train": train}))
         outcomes = _train(job, net, card, phases, plans, progress, log=log, sync=tracked.sync)
-        rows = _write(job, net, card, phases, outcomes, progress, run=tracked)
+        rows = results.write(
+            job.out, net, card, phases, outcomes, progress, config=job.config, store=job.store, run=tracked
+        )
     progress.clear()
     return rows
 
@@ -246,7 +241,7 @@ def _train(
         module.close()
         progress.finish(phase.name, outcome)
         outcomes.append(outcome)
-        if rank() == 0 and (told := worse(outcomes, monitor=params.monitor)):
+        if rank() == 0 and (told := results.worse(outcomes, monitor=params.monitor)):
             warn(told)
     return outcomes
 
@@ -258,20 +253,6 @@ def _done(progress: Progress, phase: Phase) -> Outcome | None:
         progress.forget(phase.name)
         return None
     return outcome
-
-
-def worse(outcomes: Sequence[Outcome], *, monitor: str) -> str:
-    """What is to be said where the last of these phases has not come to what the one before had; else nothing."""
-    if len(outcomes) < 2:
-        return ""
-    rows = [next(row for row in o.rows if row["epoch"] == o.best_epoch) for o in outcomes[-2:]]
-    before, now = (float(row[monitor]) for row in rows)
-    if now <= before if monitor.endswith("loss") else now >= before:
-        return ""
-    return (
-        f"phase {rows[1]['phase']} ends at {monitor} {now:.4f}, worse than phase {rows[0]['phase']} before it "
-        f"({before:.4f}): try a lower lr or more epochs there, or leave it out"
-    )
 
 
 def _found(module: Classifier, data: PictureData, phase: Phase, job: Job, progress: Progress) -> list[float]:
@@ -314,79 +295,6 @@ def _teacher(path: str, card: ModelCard) -> Teacher | None:
         return None
     with blaming("train.teacher"):
         return Teacher(Path(path), classes=card.classes, in_chans=card.in_chans)
-
-
-def _write(
-    job: Job,
-    net: nn.Module,
-    card: ModelCard,
-    phases: list[Phase],
-    outcomes: list[Outcome],
-    progress: Progress,
-    *,
-    run: tracking.Run,
-) -> pd.DataFrame:
-    config = job.config
-    rows = pd.DataFrame([row for o in outcomes for row in o.rows])
-    record = Record(
-        run_id=run.id,
-        run_name=run.name,
-        minutes=float(rows["seconds"].sum()) / 60,
-        steps=sum(o.steps for o in outcomes),
-        monitor=config.train.monitor,
-        phases=tuple(_record(p, o, progress.rates) for p, o in zip(phases, outcomes, strict=True)),
-    )
-    for phase, outcome in zip(phases, outcomes, strict=True):
-        row = next(row for row in outcome.rows if row["epoch"] == outcome.best_epoch)
-        points = {f"phase/{phase.name}/{key}": row[key] for key in ("val/loss", "val/top1")}
-        run.log_metrics(points, step=0, once=True)
-    with fresh_folder(job.out) as folder:
-        weights.save_model(folder / "model.safetensors", net, card)
-        write_whole(outcomes[-1].best, net, folder / "best.ckpt")
-        write_whole(outcomes[-1].last, net, folder / "last.ckpt")
-        record.write(folder)
-        best = rows["epoch"].isin([o.best_epoch for o in outcomes])
-        plots.curves(rows.assign(best=best), folder / "curves.png")
-        pictures = len(job.store.indices("train"))
-        schedule_view.draw(phases, net, folder / "schedule.png", pictures=pictures, rates=progress.rates)
-        if config.train.gradient_norms:
-            gradients = pd.DataFrame([row for o in outcomes for row in o.gradients])
-            metrics.write_csv(gradients, folder / "gradients.csv")
-        if progress.tuned:
-            metrics.write_csv(pd.DataFrame(progress.tuned["table"]), folder / "auto_tune.csv")
-        for phase in phases:
-            for name, kept in ((SWEEPS, f"lr_find_{phase.name}.png"), (TRACE, f"trace_{phase.name}.json.gz")):
-                if (made := progress.phase_folder(phase.name) / name).exists():
-                    shutil.copyfile(made, folder / kept)
-        pixels = _first_batch(config, job.store, card, folder / "first_batch.png")
-        for path in sorted(folder.iterdir()):
-            if path.name not in ("last.ckpt", "record.json"):
-                run.log_artifact(path, folder="train")
-    if config.tracking.log_model:
-        run.log_model(inference.with_preprocessing(net, card), example=pixels[:2].float(), classes=card.classes)
-    return rows
-
-
-def _record(phase: Phase, outcome: Outcome, rates: Mapping[str, list[float]]) -> PhaseRecord:
-    return PhaseRecord(
-        name=phase.name,
-        trainable=phase.trainable,
-        epochs=len(outcome.rows),
-        best_epoch=outcome.best_epoch,
-        lr=max(rates[phase.name]) if phase.lr == "find" else phase.lr,
-    )
-
-
-def _first_batch(config: Config, store: Store, card: ModelCard, path: Path) -> torch.Tensor:
-    """Draws the first training batch as the net saw it, augmentation included; gives back its pixels."""
-    pictures = Pictures(
-        store, px=card.px, in_chans=card.in_chans, seed=config.train.seed, chosen=config.train.transforms
-    )
-    batches = Batches(store.indices("train"), batch_size=SHOWN, seed=config.train.seed, shuffle=True)
-    pixels, labels = pictures[next(iter(batches))]
-    shown = [picture.permute(1, 2, 0).numpy() for picture in pixels]
-    plots.grid(shown, [card.classes[label] for label in labels], path, columns=8)
-    return pixels
 
 
 def _another_ranks(metrics: Mapping[str, float], *, step: int) -> None:

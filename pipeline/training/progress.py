@@ -15,6 +15,8 @@ from pipeline.files import fresh_file
 from pipeline.training.checkpoints import BEST, CHECKPOINTS, LAST
 
 STATE = "state.json"
+SWEEPS = "lr_find.png"
+"""In a phase's folder: what the learning-rate finder saw."""
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ KEPT = {
 DRIVER = """
 import os, signal, sys
 from pipeline.__main__ import main
-from pipeline.training import job, progress
+from pipeline.training import progress, results
 from pipeline.training.classifier import Classifier
 
 where, name = sys.argv[1], getattr(signal, sys.argv[2])
@@ -79,7 +79,7 @@ elif place.startswith("val"):
 elif place == "end":
     before(progress.Progress, "finish", lambda p, name, outcome: name == phase)
 elif place == "write":
-    before(job.weights, "save_model", lambda *a, **k: True)
+    before(results.weights, "save_model", lambda *a, **k: True)
 sys.exit(main(["train"]))
 """
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.training import job
+from pipeline.training import results
 from pipeline.training.progress import Outcome
 
 
@@ -21,9 +21,9 @@ def test_a_phase_that_ends_worse_than_the_one_before_is_told_of(monitor: str, af
     """By their best epochs, not by their last."""
     first = _outcome("frozen", 1, 0.5, 0.9 if monitor == "val/loss" else 0.1, monitor=monitor, best=1)
     second = _outcome("finetune", 3, 0.9 if monitor == "val/loss" else 0.1, after, monitor=monitor, best=4)
-    line = job.worse([first, second], monitor=monitor)
+    line = results.worse([first, second], monitor=monitor)
     assert bool(line) == told
-    assert job.worse([first], monitor=monitor) == ""
+    assert results.worse([first], monitor=monitor) == ""
     if told:
         assert line == (
             f"phase finetune ends at {monitor} {after:.4f}, worse than phase frozen before it (0.5000): "
