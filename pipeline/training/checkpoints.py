@@ -102,6 +102,10 @@ class Checkpoints(L.Callback):
         self._save(trainer)
         self._end_if_over(trainer)
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:  # noqa: ARG002
+        # Every rank goes on with the best weights, which the leader alone may not have put in place yet.
+        trainer.strategy.barrier("best.ckpt")
+
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:  # noqa: ARG002
         self.stop.deafen()
 

@@ -67,9 +67,9 @@ def _project(folder: Path, *, devices: int, epochs: int) -> Path:
     return folder
 
 
-def _start(folder: Path) -> "subprocess.Popen[str]":
+def _start(folder: Path, *command: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "train"],
+        [sys.executable, *(command or ("-m", "pipeline", "train"))],
         cwd=folder,
         env={**os.environ, "DVC_ROOT": str(folder), "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -130,3 +130,26 @@ def test_stopping_the_first_process_ends_the_second_too(tmp_path: Path, monkeypa
     assert not (folder / "models" / NET / "train").exists()
     monkeypatch.setenv("DVC_ROOT", str(folder))
     assert [run.status for run in tracking.runs()] == ["KILLED"]
+
+
+SLOW_DISK = """
+import sys, time
+from pipeline.__main__ import main
+from pipeline.training import checkpoints
+
+place = checkpoints._put_in_place
+def placed(beside, *, best):
+    time.sleep(1)
+    place(beside, best=best)
+checkpoints._put_in_place = placed
+sys.exit(main(["train"]))
+"""
+
+
+@pytest.mark.slow
+def test_no_process_goes_on_before_the_best_weights_are_in_place(tmp_path: Path) -> None:
+    driver = tmp_path / "driver.py"
+    driver.write_text(SLOW_DISK)
+    process = _start(_project(tmp_path / "it", devices=2, epochs=1), str(driver))
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
