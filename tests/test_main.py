@@ -1,10 +1,8 @@
 """The command line: light, and every mistake is one line."""
 
 import json
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,15 +11,6 @@ from pipeline import __main__ as command_line
 from pipeline import config
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def _signals() -> Iterator[None]:
-    """Gives pytest its own back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 def _thaw(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -10,6 +10,10 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 QUICK = {
+    "startup": (),
+    "step": (),
+    "evaluate": (),
+    "memory": (),
     "frozen": ("--part", "plain"),
     "loop": (),
     "datapath": ("--part", "wait", "offline"),

@@ -44,6 +44,8 @@ def _params(**changed: Any) -> TrainParams:
     """Of train; `phase` is the phase's own, beside two epochs of everything at a rate of 0.01."""
     overrides = {"batch_size": 6, "accelerator": "cpu", "transforms": {}, **changed}
     phase = {"trainable": "all", "epochs": 2, "lr": 0.01, **overrides.pop("phase", {})}
+    if "steps" in phase:
+        del phase["epochs"]
     overrides["phases"] = {"phase": phase}
     return config.load(
         ROOT / "params.yaml", overrides={f"train.{key}": value for key, value in overrides.items()}

@@ -164,7 +164,8 @@ def test_a_phase_of_its_own_batch_has_a_line_of_its_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     phases = {"frozen": {"trainable": "head"}, "finetune": {"trainable": "all", "batch_size": 32, "px": 64}}
-    _run(monkeypatch, tmp_path, free=10**9, **{"train.phases": phases, "model.name": "scratch/resnet20"})
+    settings = {"augment.px": 64, "train.px": 32, "train.phases": phases, "model.name": "scratch/resnet20"}
+    _run(monkeypatch, tmp_path, free=10**9, **settings)
     first, *lines = capsys.readouterr().out.splitlines()
     assert " at 64 px, " in first
     assert [line.split(" fits")[0] for line in lines] == [
