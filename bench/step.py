@@ -61,7 +61,7 @@ def thaw(net: torch.nn.Module, batches: Batches, params: TrainParams, folder: Pa
         params=params,
         folder=folder,
         first_epoch=0,
-        first_step=1,  # without the summary that a training begins with
+        first_step=0,
         log=_unlogged,
         sync=lambda: None,
     )

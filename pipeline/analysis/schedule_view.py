@@ -57,7 +57,7 @@ def run(config: Config, *, as_yaml: bool) -> None:
             checks.check_schedule(phases, net, config)
         counts = store.counts() if store else {"train": 0, "val": 0}
         both = counts["train"] + counts["val"]
-        plans = [frozen.plan(p, net, params=config.train, in_chans=model.in_chans, pictures=both) for p in phases]
+        plans = frozen.plans(phases, net, params=config.train, in_chans=model.in_chans, pictures=both)
         print(text(phases, net, pictures=counts["train"], frozen=[plan.told for plan in plans]))
     if store is None:
         print(f"steps are known once {prepared} is there: dvc repro augment")

@@ -42,6 +42,11 @@ class Plan:
     """For the schedule's table."""
 
 
+def plans(phases: Sequence[Phase], net: nn.Module, *, params: TrainParams, in_chans: int, pictures: int) -> list[Plan]:
+    """What becomes of the frozen layers of each phase; arguments as of `plan`."""
+    return [plan(phase, net, params=params, in_chans=in_chans, pictures=pictures) for phase in phases]
+
+
 def plan(
     phase: Phase,
     net: nn.Module,

@@ -78,7 +78,7 @@ def run(job: Job) -> pd.DataFrame | None:
             return _lead(job, net, card, phases, origin)
     check(config, job.store, net, card, phases)
     progress = Progress(job.progress, facts=_facts(job, origin), leader=False)
-    _train(job, net, card, phases, _cuts(job, net, phases), progress, log=_another_ranks, sync=_nothing)
+    _train(job, net, card, phases, _plans(job, net, phases), progress, log=_another_ranks, sync=_nothing)
     return None
 
 
@@ -130,7 +130,7 @@ def _lead(job: Job, net: nn.Module, card: ModelCard, phases: list[Phase], origin
             if job.watch is not None:
                 job.watch(metrics, step=step)
 
-        plans = _cuts(job, net, phases)
+        plans = _plans(job, net, phases)
         pictures = len(job.store.indices("train"))
         print(schedule_view.text(phases, net, pictures=pictures, frozen=[plan.told for plan in plans]))
         train = tuning.tuned(job.config, job.store, net, card, phases=phases, progress=progress)
@@ -156,18 +156,10 @@ def _facts(job: Job, origin: Origin) -> dict[str, Any]:
     }
 
 
-def _cuts(job: Job, net: nn.Module, phases: list[Phase]) -> list[frozen.Plan]:
-    params, counts = job.config.train, job.store.counts()
-    return [
-        frozen.plan(
-            phase,
-            net,
-            params=params,
-            in_chans=job.config.model.in_chans,
-            pictures=counts["train"] + counts["val"],
-        )
-        for phase in phases
-    ]
+def _plans(job: Job, net: nn.Module, phases: list[Phase]) -> list[frozen.Plan]:
+    counts = job.store.counts()
+    pictures = counts["train"] + counts["val"]
+    return frozen.plans(phases, net, params=job.config.train, in_chans=job.config.model.in_chans, pictures=pictures)
 
 
 def _train(
