@@ -110,7 +110,7 @@ restore: setup ## train a U-Net to restore damaged pictures, for its encoder's w
 	@python -m pipeline restore $(if $(EPOCHS),--epochs $(EPOCHS))
 
 # From cheap to dear. A bench's --help says what it compares and how long it takes.
-BENCHES := startup step evaluate memory datapath throughput frozen loop scaling accuracy
+BENCHES := startup step evaluate memory upkeep datapath throughput frozen loop scaling accuracy
 # Those whose pictures may be one's own.
 OF_PICTURES := frozen loop accuracy
 PEERS := .venv-peers

@@ -1,12 +1,16 @@
 """Memory and start against the number of pictures.
 
-    python bench/memory.py
+    python bench/memory.py [--part batches training] [--pairs 3]
 
-Each row is a process of its own, which opens a packed store of grey 64 px pictures and makes 300 training batches of 64
-with random crops, shifts and flips. Counted is the process's anonymous memory (`RssAnon` of /proc/self/status): what it
-has allocated and nobody can take back. The pages of the memory-mapped store are not: they are the system's file cache,
-which holds what memory is free and gives it up when asked. The ratio is of the peaks, process and all, with the most
-pictures and with the fewest: 1 is memory that does not depend on their number. Linux only; on two cores 2 minutes.
+    batches    a process opens a packed store of grey 64 px pictures and makes 300 training batches of 64 with random
+               crops, shifts and flips
+    training   the whole train stage on such a store: 150 steps of LeNet-5, validation on a tenth of the pictures,
+               checkpoints, tracking, the writing of the model
+
+Counted is the process's anonymous memory (`RssAnon` of /proc/self/status): what it has allocated and nobody can take
+back. The pages of the memory-mapped store are not: they are the system's file cache, which holds what memory is free
+and gives it up when asked. The ratio is of the peaks, process and all, with more pictures and with the fewest: 1 is
+memory that does not depend on their number. Linux only; on two cores 5 minutes.
 """
 
 import json
@@ -15,16 +19,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from common import Bench, Comparison, Target, parser, ratios, rounds
+from common import ROOT, Bench, Comparison, Target, parser, ratios, rounds, run
+from pipeline import paths
 from pipeline.data import store
 from pipeline.data.datamodule import PictureData
 from pipeline.data.store import Row, Store
+from project import PYTHON, Project, drawn
+from watched import anonymous
 
-PX, BATCH, BATCHES = 64, 64, 300
+PX, BATCH, BATCHES, STEPS = 64, 64, 300, 150
 SIZES = (1_000, 10_000, 100_000)
 CHAIN: dict[str, dict[str, object]] = {"random_resized_crop": {}, "shift": {}, "horizontal_flip": {}}
 MIB = 2**20
@@ -38,12 +46,6 @@ def make(folder: Path, pictures: int) -> None:
         for i in range(pictures)
     )
     store.write(folder, rows, dataset="random", classes=tuple("0123456789"), px=PX, channels=1, skipped=[])
-
-
-def anonymous() -> int:
-    """Bytes that this process has allocated, now."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
 
 
 def child(folder: Path) -> None:
@@ -75,6 +77,7 @@ def main() -> None:
     """Measures every number of pictures."""
     made = parser(__doc__, pairs=3)
     made.add_argument("--child", type=Path, help="a store that this process is to measure itself with")
+    made.add_argument("--part", nargs="+", choices=("batches", "training"), default=["batches", "training"])
     asked = made.parse_args()
     if asked.child:
         child(asked.child)
@@ -82,26 +85,68 @@ def main() -> None:
     bench = Bench("memory", asked)
     sizes = (100, 1000) if asked.quick else SIZES
     with tempfile.TemporaryDirectory() as folder:
-        for pictures in sizes:
-            (Path(folder) / str(pictures)).mkdir()
-            make(Path(folder) / str(pictures), pictures)
-        sides = {str(pictures): lambda pictures=pictures: measure(Path(folder) / str(pictures)) for pictures in sizes}
-        found = rounds(sides, number=asked.pairs)
-    peaks = {size: [(one["before"] + one["peak"]) / MIB for one in found[str(size)]] for size in sizes}
-    for size in sizes[1:]:
+        stores = {pictures: Path(folder) / str(pictures) for pictures in sizes}
+        for pictures, path in stores.items():
+            path.mkdir()
+            make(path, pictures)
+        if "batches" in asked.part:
+            _batches(bench, stores, number=asked.pairs)
+        if "training" in asked.part:
+            _training(bench, stores, number=asked.pairs)
+    bench.write()
+
+
+def _batches(bench: Bench, stores: Mapping[int, Path], *, number: int) -> None:
+    sides = {str(pictures): lambda path=path: measure(path) for pictures, path in stores.items()}
+    found = rounds(sides, number=number)
+    peaks = {size: [(one["before"] + one["peak"]) / MIB for one in found[str(size)]] for size in stores}
+    notes = {}
+    for size in stores:
+        more = statistics.median(one["peak"] for one in found[str(size)]) / MIB
         opened = statistics.median(1000 * one["open"] for one in found[str(size)])
-        more = [f"{statistics.median(one['peak'] for one in found[str(n)]) / MIB:.1f}" for n in (sizes[0], size)]
+        notes[size] = f"{more:.1f} MiB above the start of the process; opened in {opened:.0f} ms"
+    _compare(bench, "making batches", peaks, notes)
+
+
+def _training(bench: Bench, stores: Mapping[int, Path], *, number: int) -> None:
+    settings = {"model.name": "scratch/lenet5", "augment.px": PX, "augment.train_size": "all"}
+    project = Project(settings, pictures=drawn(train=32, val=16))
+    project.warm()
+    packed = project.folder / paths.prepared("image_folder")
+    aside = packed.with_name("aside")
+
+    def train(path: Path) -> float:
+        packed.symlink_to(path)
+        try:
+            project.begin_anew({"train.phases": {"all": {"trainable": "all", "steps": STEPS}}})
+            return float(run([PYTHON, ROOT / "bench/watched.py"], folder=project.folder).told["peak"]) / MIB
+        finally:
+            packed.unlink()
+
+    packed.rename(aside)
+    try:
+        sides = {str(pictures): lambda path=path: train(path) for pictures, path in stores.items()}
+        found = rounds(sides, number=number)
+    finally:
+        aside.rename(packed)
+    peaks = {size: found[str(size)] for size in stores}
+    notes = {size: f"{statistics.median(peak):.0f} MiB, the process and all" for size, peak in peaks.items()}
+    _compare(bench, f"a training of {STEPS} steps", peaks, notes)
+
+
+def _compare(bench: Bench, what: str, peaks: Mapping[int, list[float]], notes: Mapping[int, str]) -> None:
+    fewest, *more = peaks
+    for size in more:
         bench.comparisons.append(
             Comparison(
-                name=f"peak memory of making batches, {size:,} pictures against {sizes[0]:,}",
+                name=f"peak memory of {what}, {size:,} pictures against {fewest:,}",
                 ratio_of="anonymous memory / anonymous memory (a cost)",
-                ratios=ratios(peaks[size], peaks[sizes[0]]),
+                ratios=ratios(peaks[size], peaks[fewest]),
                 target=Target(at_most=1.05),
-                notes=f"{more[1]} MiB above the start of the process against {more[0]}; opened in {opened:.0f} ms",
-                sides={f"{n:,} pictures, MiB": peaks[n] for n in (size, sizes[0])},
+                notes=f"With {size:,}: {notes[size]}; with {fewest:,}: {notes[fewest]}",
+                sides={f"{n:,} pictures, MiB": peaks[n] for n in (size, fewest)},
             )
         )
-    bench.write()
 
 
 if __name__ == "__main__":

@@ -93,11 +93,15 @@ class Project:
         """Whether this tree has a parameter of `train`, by its name."""
         return parameter in type(self.config.train).model_fields
 
-    def train(self, settings: Mapping[str, Any], *, environment: Mapping[str, str] | None = None) -> Training:
-        """Runs the train stage as if for the first time: without checkpoints or caches of an earlier run."""
+    def begin_anew(self, settings: Mapping[str, Any]) -> None:
+        """Makes the next training one with these settings and nothing to go on from."""
         self._write({**self.settings, **settings})
         for left in (self.folder / "data/cache", self.folder / "models/progress"):
             shutil.rmtree(left, ignore_errors=True)
+
+    def train(self, settings: Mapping[str, Any], *, environment: Mapping[str, str] | None = None) -> Training:
+        """Runs the train stage as if for the first time: without checkpoints or caches of an earlier run."""
+        self.begin_anew(settings)
         done = self.stage("train", environment=environment)
         (began, *_) = [at for at, line in done.lines if line.split()[:2] == ["phase", "epochs"]]
         name = self.config.model.name

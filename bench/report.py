@@ -23,6 +23,7 @@ BENCHES = {
     "step": "The step",
     "evaluate": "Evaluation",
     "memory": "Memory",
+    "upkeep": "Checkpoints and tracking",
     "datapath": "The data path",
     "throughput": "Throughput against the limit",
     "frozen": "Frozen epochs",

@@ -5,7 +5,7 @@
 Both sides do the same: normalise, forward, cross-entropy, backward, the same optimiser and schedule, as many steps an
 epoch and the same validation after it. Thaw's epoch is the whole of it, with metrics and checkpoints, but for the
 tracking store. The two take turns, in one process; the ratio of a pair is the bare loop's seconds by Thaw's, so 1 is
-a step without any overhead: at least 0.95 for nets of some size, 0.85 for LeNet-5. On two cores 8 minutes.
+a step without any overhead: at least 0.95 for nets of some size, 0.85 for LeNet-5. On two cores 10 minutes.
 """
 
 import statistics

@@ -137,16 +137,20 @@ def loader(asked: SimpleNamespace) -> None:
 
 
 def albumentations(asked: SimpleNamespace) -> None:
-    """The same transforms as the catalogue builds, composed once, on one core."""
+    """Albumentations' own forms of the transforms, as its documentation composes them, on one core."""
     import albumentations as A
     import cv2
 
-    from pipeline.data.transforms import TRANSFORMS
-
+    own: dict[str, Callable[..., A.BasicTransform]] = {
+        "rotate": lambda limit: A.Rotate(limit=(-limit, limit), border_mode=cv2.BORDER_REFLECT_101, p=0.5),
+        "color_jitter": lambda: A.ColorJitter((0.8, 1.2), (0.8, 1.2), (0.8, 1.2), (0.0, 0.0), p=0.5),
+        "gaussian_blur": lambda: A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=0.5),
+        "horizontal_flip": lambda: A.HorizontalFlip(p=0.5),
+    }
     cv2.setNumThreads(0)
     store = Store(Path(asked.prepared))
     pictures = [np.array(store[index]) for index in store.indices("train") if not store.rows[index].copy]
-    compose = A.Compose([TRANSFORMS[name](**words).build(asked.px) for name, words in asked.transforms.items()])
+    compose = A.Compose([own[name](**words) for name, words in asked.transforms.items()])
     compose(image=pictures[0])
     clock = Clock()
     for picture in pictures:

@@ -87,33 +87,45 @@ def to_channels(picture: np.ndarray, in_chans: int) -> np.ndarray:
     return grey
 
 
-# --- colours: a picture uint8 [H, W, 1 or 3], and how much it changes ---
+def turned(picture: np.ndarray, degrees: float) -> np.ndarray:
+    """A picture [H, W, 1 or 3] turned counter-clockwise about its middle, interpolated linearly, its border mirrored."""
+    import cv2
+
+    height, width = picture.shape[:2]
+    matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, 1.0)
+    made = cv2.warpAffine(picture, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+    return made.reshape(picture.shape)
 
 
-def brighter(picture: np.ndarray, amount: float) -> np.ndarray:
+# --- colours: a picture uint8 [H, W, 1 or 3], which is changed in place, and by how much ---
+
+
+def brighter(picture: np.ndarray, amount: float) -> None:
     """Every value times 1 + amount."""
-    return _blended(picture, 1 + amount, picture, 0.0)
+    _blend(picture, 1 + amount, picture, 0.0)
 
 
-def more_contrast(picture: np.ndarray, amount: float) -> np.ndarray:
+def more_contrast(picture: np.ndarray, amount: float) -> None:
     """Every value's distance to the mean luma times 1 + amount."""
-    return _blended(picture, 1 + amount, picture, 0.0, shift=-amount * float(_luma(picture).mean()))
+    import cv2
+
+    _blend(picture, 1 + amount, picture, 0.0, shift=-amount * cv2.mean(_luma(picture))[0])
 
 
-def more_saturated(picture: np.ndarray, amount: float) -> np.ndarray:
+def more_saturated(picture: np.ndarray, amount: float) -> None:
     """Every value's distance to its pixel's luma times 1 + amount; colour pictures alone."""
     import cv2
 
-    return _blended(picture, 1 + amount, cv2.cvtColor(_luma(picture), cv2.COLOR_GRAY2RGB), -amount)
+    _blend(picture, 1 + amount, cv2.cvtColor(_luma(picture), cv2.COLOR_GRAY2RGB), -amount)
 
 
-def hue_turned(picture: np.ndarray, amount: float) -> np.ndarray:
+def hue_turned(picture: np.ndarray, amount: float) -> None:
     """Hues moved by a share of the colour circle; colour pictures alone."""
     import cv2
 
     hsv = cv2.cvtColor(picture, cv2.COLOR_RGB2HSV)
     hsv[..., 0] = ((np.arange(256) + 180 * amount) % 180).astype(np.uint8)[hsv[..., 0]]
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    picture[:] = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
 
 
 def _luma(picture: np.ndarray) -> np.ndarray:
@@ -122,8 +134,8 @@ def _luma(picture: np.ndarray) -> np.ndarray:
     return picture if picture.shape[-1] == 1 else cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
 
 
-def _blended(one: np.ndarray, share: float, other: np.ndarray, rest: float, *, shift: float = 0.0) -> np.ndarray:
-    """share * one + rest * other + shift, rounded and cut to 0..255."""
+def _blend(picture: np.ndarray, share: float, other: np.ndarray, rest: float, *, shift: float = 0.0) -> None:
+    """share * picture + rest * other + shift, rounded and cut to 0..255."""
     import cv2
 
-    return cv2.addWeighted(one, share, other, rest, shift).reshape(one.shape)
+    cv2.addWeighted(picture, share, other, rest, shift, dst=picture)

@@ -25,6 +25,7 @@ from pipeline.data.pixels import (
     more_contrast,
     more_saturated,
     together,
+    turned,
     windows,
 )
 from pipeline.errors import ValueAtError, nearest
@@ -63,6 +64,8 @@ class Transform(BaseModel):
         shapes: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, picture in enumerate(pictures):
             shapes[picture.shape].append(index)
+        if len(shapes) == 1:
+            return self.batch(np.stack(pictures), draws, px=px)
         made = list(pictures)
         for members in shapes.values():
             versions = self.batch(np.stack([pictures[i] for i in members]), draws.of(np.array(members)), px=px)
@@ -108,7 +111,7 @@ class HorizontalFlip(Transform):
         else:
             # numpy reverses three bytes at a time, OpenCV a register
             for index in chosen.tolist():
-                pixels_BHWC[index] = cv2.flip(pixels_BHWC[index], 1)
+                cv2.flip(pixels_BHWC[index], 1, dst=pixels_BHWC[index])
         return pixels_BHWC
 
 
@@ -139,17 +142,17 @@ class Shift(Transform):
         return windows(mirrored(pixels_BHWC, down, right), tops, lefts, (height, width))
 
 
-class Rotate(ByAlbumentations):
+class Rotate(Transform):
     """Turned by up to `limit` degrees; the border is mirrored."""
 
     limit: Annotated[float, Field(gt=0, le=180)] = 15.0
     """Largest angle, degrees."""
 
-    def build(self) -> "albumentations.BasicTransform":
-        import albumentations as A
-        import cv2
-
-        return A.Rotate(limit=(-self.limit, self.limit), border_mode=cv2.BORDER_REFLECT_101, p=1.0)
+    def batch(self, pixels_BHWC: np.ndarray, draws: Draws, *, px: int) -> Pixels:
+        chosen, angles = draws.chosen(self.p), self.limit * (2 * draws.uniform(1)[0] - 1)
+        for index, angle in zip(chosen.tolist(), angles[chosen].tolist(), strict=True):
+            pixels_BHWC[index] = turned(pixels_BHWC[index], angle)
+        return pixels_BHWC
 
 
 class RandomResizedCrop(Transform):
@@ -244,11 +247,9 @@ class ColorJitter(Transform):
         orders = np.argsort(ranks, axis=0)[:, chosen].T.tolist()
         changers, colour = (brighter, more_contrast, more_saturated, hue_turned), pixels_BHWC.shape[3] == 3
         for index, amounts, order in zip(chosen.tolist(), changes, orders, strict=True):
-            picture = pixels_BHWC[index]
             for number in order:
                 if limits[number] and (colour or number < 2):
-                    picture = changers[number](picture, amounts[number])
-            pixels_BHWC[index] = picture
+                    changers[number](pixels_BHWC[index], amounts[number])
         return pixels_BHWC
 
 

@@ -14,6 +14,7 @@ QUICK = {
     "step": (),
     "evaluate": (),
     "memory": (),
+    "upkeep": (),
     "frozen": ("--part", "plain"),
     "loop": (),
     "datapath": ("--part", "wait", "offline"),

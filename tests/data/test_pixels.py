@@ -1,6 +1,8 @@
 """Pixels: the middle, the mirrored border, the channels, the colours."""
 
+import albumentations as A
 import albumentations.augmentations.pixel.functional as reference
+import cv2
 import numpy as np
 import pytest
 
@@ -62,13 +64,24 @@ def test_windows_are_slices(channels: int) -> None:
 def test_colours_change_as_in_albumentations(channels: int, amount: float) -> None:
     picture = _picture(channels)
     pairs = [
-        (pixels.brighter(picture, amount), reference.adjust_brightness_torchvision(picture, np.float32(1 + amount))),
-        (pixels.more_contrast(picture, amount), reference.adjust_contrast_torchvision(picture, 1 + amount)),
+        (pixels.brighter, amount, reference.adjust_brightness_torchvision(picture, np.float32(1 + amount))),
+        (pixels.more_contrast, amount, reference.adjust_contrast_torchvision(picture, 1 + amount)),
     ]
     if channels == 3:
         pairs += [
-            (pixels.more_saturated(picture, amount), reference.adjust_saturation_torchvision(picture, 1 + amount)),
-            (pixels.hue_turned(picture, amount / 2), reference.adjust_hue_torchvision(picture, amount / 2)),
+            (pixels.more_saturated, amount, reference.adjust_saturation_torchvision(picture, 1 + amount)),
+            (pixels.hue_turned, amount / 2, reference.adjust_hue_torchvision(picture, amount / 2)),
         ]
-    for mine, theirs in pairs:
-        assert np.abs(mine.reshape(picture.shape).astype(int) - theirs).max() <= 1
+    for change, by, theirs in pairs:
+        mine = picture.copy()
+        change(mine, by)
+        assert np.abs(mine.astype(int) - theirs.reshape(picture.shape)).max() <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("degrees", [-170.0, -11.5, 7.0, 90.0])
+def test_turned_as_in_albumentations(channels: int, degrees: float) -> None:
+    picture = _picture(channels)
+    rotate = A.Rotate(limit=(degrees, degrees), border_mode=cv2.BORDER_REFLECT_101, p=1.0)
+    theirs = rotate(image=picture)["image"].reshape(picture.shape)
+    assert np.abs(pixels.turned(picture, degrees).astype(int) - theirs).max() <= 1

@@ -1,0 +1,63 @@
+"""A train stage that watches itself: what its process allocates, and what checkpoints and tracking take.
+
+Run in Thaw's working folder by the benches that need it. It prints a RESULT line with
+
+    peak          most anonymous memory (RssAnon of /proc/self/status) seen, bytes
+    fit           seconds of the phases' epochs, validation and all that is written between them included
+    checkpoints   of these, seconds in which checkpoints were written
+    logged        of these, seconds in which metric points were taken down
+    sent          seconds of processor time of the thread that sends them, wherever training was meanwhile
+"""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline import tracking
+from pipeline.__main__ import main
+from pipeline.training import checkpoints, fit
+
+EVERY_S = 0.02
+found = dict.fromkeys(("peak", "fit", "checkpoints", "logged", "sent"), 0.0)
+
+
+def anonymous() -> int:
+    """Bytes that this process has allocated, now."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+def timed(owner: Any, name: str, kind: str, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    """Has a function's seconds added to what was found."""
+    whole = getattr(owner, name)
+
+    def watched(*values: Any, **named: Any) -> Any:
+        began = clock()
+        try:
+            return whole(*values, **named)
+        finally:
+            found[kind] += clock() - began
+
+    setattr(owner, name, watched)
+
+
+def sample() -> None:
+    """Looks at the memory again and again."""
+    while True:
+        found["peak"] = max(found["peak"], anonymous())
+        time.sleep(EVERY_S)
+
+
+if __name__ == "__main__":
+    timed(fit.L.Trainer, "fit", "fit")
+    timed(checkpoints.Checkpoints, "_save", "checkpoints")
+    timed(tracking.Run, "log_metrics", "logged")
+    timed(tracking.Run, "_send", "sent", clock=time.thread_time)
+    threading.Thread(target=sample, daemon=True).start()
+    code = main(["train"])
+    print("RESULT " + json.dumps(found), flush=True)
+    sys.exit(code)
