@@ -275,12 +275,35 @@ class Bench:
             "missing": self.missing,
             "series": self.series,
         }
-        print(table([found]))
         path = self.asked.json or (None if self.asked.quick else RESULTS / f"{self.name}.json")
+        if path is not None and self.asked.add and path.exists():
+            found = together(json.loads(path.read_text(encoding="utf-8")), found)
+        print(table([found]))
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
             print(f"written to {path}")
+
+
+def together(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Results of a bench that was run in parts: those before, but for what has been measured again now.
+
+    Raises:
+        SystemExit: they are of different machines or of another bench, and do not belong together.
+    """
+    same = ("processor", "usable_cores", "threads", "torch")
+    if before["bench"] != now["bench"] or any(before["machine"][name] != now["machine"][name] for name in same):
+        refuse("--add: the results file is of another bench, machine or torch; measure all of it anew")
+    names = {comparison["name"] for comparison in now["comparisons"]}
+    return {
+        **now,
+        "command": "; ".join(dict.fromkeys([*before["command"].split("; "), now["command"]])),
+        "quick": before["quick"] or now["quick"],
+        "settings": {**before["settings"], **now["settings"]},
+        "comparisons": [c for c in before["comparisons"] if c["name"] not in names] + now["comparisons"],
+        "missing": list(dict.fromkeys([*before["missing"], *now["missing"]])),
+        "series": {**before["series"], **now["series"]},
+    }
 
 
 def _without_folders(words: Sequence[str]) -> list[str]:
@@ -316,13 +339,14 @@ def parser(doc: str | None, *, pairs: int = 5) -> argparse.ArgumentParser:
     made.add_argument("--pairs", type=int, default=pairs, help=f"rounds; {pairs} unless said")
     made.add_argument("--quick", action="store_true", help="a smoke test of seconds; its figures mean nothing")
     made.add_argument("--json", type=Path, help="file for the results, in place of bench/results/NAME.json")
+    made.add_argument("--add", action="store_true", help="keep what that file has of comparisons not made this time")
     made.add_argument(
         "--pictures",
         type=Path,
         default=Path("data/pictures"),
         help="folder with train/ and val/ of class folders; drawn pictures of the same shapes where there are none",
     )
-    made.add_argument("--peers", action="store_true", help="also against what stands in the peers' environment")
+    made.add_argument("--peers", action="store_true", help="against what stands in the peers' environment instead")
     made.add_argument("--set", nargs="*", default=[], help="further parameters of Thaw's, as section.key=value")
     return made
 

@@ -2,8 +2,8 @@
 
 Thaw's side is what the stage does: batches out of the packed store, through preprocessing and net, logits gathered. The
 bare side holds the very batches in memory as tensors, in the memory format that the stage gives them, and calls the
-same model under `inference_mode`; nothing else. Both in one process, in turn, after a pass of each that does not count. On
-two cores 10 minutes.
+same model under `inference_mode`; nothing else. Both in one process, in turn, after a pass of each that does not count.
+On two cores 10 minutes.
 
     python bench/evaluate.py [--quick] [--json FILE]
 """

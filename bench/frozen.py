@@ -7,13 +7,13 @@ one phase with strength 0, so that every epoch sees the same pictures.
 
     forward   5 and 50 frozen epochs of Thaw against one bare pass over the same packed pictures: a plain one (fp32,
               default memory format), and one in Thaw's own precision and memory format: a cost, at most 1.3
-    plain     5 epochs of the plain PyTorch loop (peers/plain.py) and, with --peers, of fastai's fit_one_cycle
+    plain     5 epochs of the plain PyTorch loop (peers/plain.py) or, with --peers, of fastai's fit_one_cycle
               (peers/fastai_learner.py): their time by Thaw's, at least 8, at an accuracy within Thaw's 95% interval
     layers    three epochs of last:2 without the cache, by the time with it: at least 1.8
 
 Thaw is run as a user runs it, as the train stage in a process of its own. Its time is that of its phases, from the
 moment that the net stands, the filling of the cache included; the whole stages, with imports and tracking, are compared
-beside. Every run begins without a cache. On two cores: forward and layers together 9 minutes, plain 11, fastai 10 more.
+beside. Every run begins without a cache. On two cores: forward and layers together 9 minutes, plain 11, or fastai 10.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from project import PYTHON, Project, Training, chosen, pictures_or_drawn
 
 NET = "tf_efficientnet_lite0"
 PARTS = ("forward", "plain", "layers")
+PLAIN, FASTAI = "the plain PyTorch loop", "fastai's fit_one_cycle"
 FEW, MANY, LAYERED = 5, 50, 3
 """Epochs."""
 BATCH, LR, WORKERS = 32, 3e-3, 2
@@ -136,14 +137,8 @@ def _forward(bench: Bench, side: _Sides, asked: argparse.Namespace) -> None:
 
 def _plain(bench: Bench, side: _Sides, asked: argparse.Namespace) -> None:
     count = 2 if asked.quick else FEW
-    peers: dict[str, tuple[str, Path | str]] = {}
-    if asked.peers:
-        if why := peers_missing("fastai"):
-            bench.lacks(f"fastai's fit_one_cycle: {why}")
-        else:
-            peers["fastai's fit_one_cycle"] = ("fastai_learner.py", PEERS_PYTHON)
     turns: dict[str, Callable[[], Any]] = {"Thaw": lambda: side.thaw(epochs=count, judge=True)}
-    for name, (file, python) in {"the plain PyTorch loop": ("plain.py", PYTHON), **peers}.items():
+    for name, (file, python) in _others(bench, peers=asked.peers).items():
         turns[name] = lambda file=file, python=python: side.peer(file, python, epochs=count)
     found = rounds(turns, number=asked.pairs)
     thaw = found.pop("Thaw")
@@ -169,6 +164,15 @@ def _plain(bench: Bench, side: _Sides, asked: argparse.Namespace) -> None:
                     sides={"Thaw, s": ours, f"{name}, s": theirs},
                 )
             )
+
+
+def _others(bench: Bench, *, peers: bool) -> dict[str, tuple[str, Path | str]]:
+    if not peers:
+        return {PLAIN: ("plain.py", PYTHON)}
+    if why := peers_missing("fastai"):
+        bench.lacks(f"{FASTAI}: {why}")
+        return {}
+    return {FASTAI: ("fastai_learner.py", PEERS_PYTHON)}
 
 
 def _layers(bench: Bench, side: _Sides, asked: argparse.Namespace) -> None:

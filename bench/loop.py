@@ -1,4 +1,4 @@
-"""Fine-tuning all of a net from JPEGs: Thaw against the plain PyTorch loop, and against others with --peers.
+"""Fine-tuning all of a net from JPEGs: Thaw against the plain PyTorch loop, or with --peers against others.
 
     python bench/loop.py [--px 64 128 224] [--pairs 5] [--pictures FOLDER] [--peers]
 
@@ -12,12 +12,14 @@ with --peers, at 128 px alone unless --px says otherwise, 12.
 import argparse
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from common import PEERS_PYTHON, Bench, Comparison, Target, later, parser, peers_missing, ratios, rounds, worker
 from project import PYTHON, Project, chosen, pictures_or_drawn
 
 NET = "tf_efficientnet_lite0"
+PLAIN = "the plain PyTorch loop"
 PEERS = {
     "Hugging Face's Trainer": ("hf_trainer.py", "transformers"),
     "timm's loop": ("timm_loop.py", "timm"),
@@ -71,19 +73,13 @@ def _measure(bench: Bench, pictures: Any, asked: argparse.Namespace, *, px: int)
         "frozen": False,
         "judge": False,
     }
-    turns: dict[str, Callable[[], float]] = {
-        "Thaw": lambda: statistics.fmean(project.train(settings).epochs[1:]),
-        "the plain PyTorch loop": lambda: later(worker("plain.py", spec, python=PYTHON).told),
-    }
-    for name, (file, module) in PEERS.items() if asked.peers else ():
-        if why := peers_missing(module):
-            bench.lacks(f"{name}: {why}")
-        else:
-            turns[name] = lambda file=file: later(worker(file, spec, python=PEERS_PYTHON).told)
+    turns: dict[str, Callable[[], float]] = {"Thaw": lambda: statistics.fmean(project.train(settings).epochs[1:])}
+    for name, (file, python) in others(bench, peers=asked.peers).items():
+        turns[name] = lambda file=file, python=python: later(worker(file, spec, python=python).told)
     found = rounds(turns, number=asked.pairs)
     ours = found.pop("Thaw")
     for name, theirs in found.items():
-        target = (LARGE if px >= LARGE_PX else SMALL) if "plain" in name else None
+        target = (LARGE if px >= LARGE_PX else SMALL) if name == PLAIN else None
         bench.comparisons.append(
             Comparison(
                 name=f"fine-tuning from JPEGs against {name}, {NET} at {px} px",
@@ -93,6 +89,19 @@ def _measure(bench: Bench, pictures: Any, asked: argparse.Namespace, *, px: int)
                 sides={"Thaw, s": ours, f"{name}, s": theirs},
             )
         )
+
+
+def others(bench: Bench, *, peers: bool) -> dict[str, tuple[str, Path | str]]:
+    """Whom Thaw is compared with: each one's file in bench/peers/, and its interpreter."""
+    if not peers:
+        return {PLAIN: ("plain.py", PYTHON)}
+    found: dict[str, tuple[str, Path | str]] = {}
+    for name, (file, module) in PEERS.items():
+        if why := peers_missing(module):
+            bench.lacks(f"{name}: {why}")
+        else:
+            found[name] = (file, PEERS_PYTHON)
+    return found
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ where it was: a fold that is done is not trained again.
 """
 
 import json
-import os
 import shutil
 import statistics
 import sys
@@ -34,7 +33,7 @@ from pipeline.data.datamodule import Batches, Pictures
 from pipeline.data.store import Store
 from pipeline.errors import UserError
 from pipeline.files import fresh_file
-from pipeline.parameters import Config, operational
+from pipeline.parameters import Config
 from pipeline.training import job, weights
 from pipeline.training.fit import rank
 from pipeline.training.job import Job
@@ -131,7 +130,7 @@ def _lead(config: Config, store: Store, jobs: Iterable[Job], *, fold_of: np.ndar
     if not done:
         _begin(config.model.name, facts)
     parent = _parent(config, store, facts)
-    with tracking.ending(parent), _as_parent(parent):
+    with tracking.ending(parent), parent.adopting():
         for fold, one in enumerate(jobs, start=1):
             told = ": done before" if fold in done else ""
             print(f"== {config.model.name}, fold {fold} of {facts['folds']}{told}", flush=True)
@@ -168,14 +167,7 @@ def _inputs(config: Config) -> tuple[Store, Origin]:
 
 def _facts(config: Config, store: Store, origin: Origin, *, folds: int, seed: int) -> dict[str, Any]:
     """What the folds' nets follow from."""
-    known = {key: value for key, value in flat(config).items() if key.split(".")[0] in ("model", "train")}
-    facts = {
-        **{key: value for key, value in known.items() if key not in operational()},
-        "data.sha256": store.meta.sha256,
-        "weights.sha256": origin.sha256,
-        "folds": folds,
-        "seed": seed,
-    }
+    facts = {**job.facts(config, store, origin), "folds": folds, "seed": seed}
     plain: dict[str, Any] = json.loads(json.dumps(facts))
     return plain
 
@@ -251,16 +243,6 @@ def _parent(config: Config, store: Store, facts: Mapping[str, Any]) -> tracking.
     parent.log_params({**flat(config), "crossval.folds": facts["folds"], "crossval.seed": facts["seed"]})
     _write_json(note, {"facts": facts, "run": parent.id})
     return parent
-
-
-@contextmanager
-def _as_parent(run: tracking.Run) -> Iterator[None]:
-    """Runs that the block's trainings start are children of this one."""
-    os.environ[tracking.PARENT] = run.id
-    try:
-        yield
-    finally:
-        del os.environ[tracking.PARENT]
 
 
 def _judge(config: Config, store: Store, indices: np.ndarray, one: Job) -> _Judged:

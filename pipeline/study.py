@@ -8,11 +8,10 @@ a file: `ablation` makes it, and `run_all` runs it too.
 
 import hashlib
 import json
-import os
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -200,7 +199,7 @@ def run_all(
     experiment.check_repository()
     parent = _parent(name, study, wanted[0], size=size, tags=tags)
     results = []
-    with tracking.ending(parent), _as_parent(parent):
+    with tracking.ending(parent), parent.adopting():
         for number, ((variant, seed, overrides), settings) in enumerate(zip(plans, wanted, strict=True), start=1):
             print(f"== {name}, {variant}, seed {seed}: run {number} of {len(plans)}", flush=True)
             # DVC keeps an experiment as a git reference, which takes no spaces and no slashes.
@@ -277,16 +276,6 @@ def _fingerprint(study: Study, *, size: Size | None) -> str:
         if key not in operational() and not f"{key}.".startswith(own)
     }
     return hashlib.sha256(json.dumps([study.model_dump(), left]).encode()).hexdigest()
-
-
-@contextmanager
-def _as_parent(run: tracking.Run) -> Iterator[None]:
-    """Runs that the block's stages start are children of this one."""
-    os.environ[tracking.PARENT] = run.id
-    try:
-        yield
-    finally:
-        del os.environ[tracking.PARENT]
 
 
 def _one(label: str, variant: str, seed: int, overrides: Settings, wanted: Config) -> Result:

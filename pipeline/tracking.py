@@ -235,6 +235,15 @@ class Run:
         """
         self._do(f"child {name}", partial(self._include, run_id, name, dict(metrics)))
 
+    @contextmanager
+    def adopting(self) -> Iterator[None]:
+        """Runs that the block starts, in this process or in ones of its own, are children of this one."""
+        os.environ[PARENT] = self.id
+        try:
+            yield
+        finally:
+            del os.environ[PARENT]
+
     def start_system_metrics(self) -> None:
         """Logs the use of processor, memory, disk and network every 10 s, until `finish` or until the store fails."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor

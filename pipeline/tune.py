@@ -7,12 +7,11 @@ the best trial's settings alone.
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -91,7 +90,7 @@ def run(
             worker=worker,
         )
         parent = _parent(sweep, study)
-    with _as_parent(parent):
+    with parent.adopting():
         try:
             last = work(sweep, study, turn)
         except BaseException:
@@ -215,16 +214,6 @@ def _parent(sweep: Sweep, study: "optuna.Study") -> tracking.Run:
         parent.log_params(params)
     study.set_user_attr("run", parent.id)
     return parent
-
-
-@contextmanager
-def _as_parent(run: tracking.Run) -> Iterator[None]:
-    """Runs that the block's trainings start are children of this one."""
-    os.environ[tracking.PARENT] = run.id
-    try:
-        yield
-    finally:
-        del os.environ[tracking.PARENT]
 
 
 def _end(sweep: Sweep, study: "optuna.Study", parent: tracking.Run, *, as_experiment: bool, apply: bool) -> None:

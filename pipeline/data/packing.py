@@ -123,7 +123,7 @@ class _Task:
             return False
         try:
             self._made = self._work()
-        except BaseException as error:  # noqa: BLE001, for whoever asks for the result
+        except BaseException as error:  # for whoever asks for the result
             self._error = error
         self._done.set()
         return True

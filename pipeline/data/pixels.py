@@ -88,7 +88,7 @@ def to_channels(picture: np.ndarray, in_chans: int) -> np.ndarray:
 
 
 def turned(picture: np.ndarray, degrees: float) -> np.ndarray:
-    """A picture [H, W, 1 or 3] turned counter-clockwise about its middle, interpolated linearly, its border mirrored."""
+    """A picture [H, W, 1 or 3] turned counter-clockwise about its middle: linear interpolation, mirrored border."""
     import cv2
 
     height, width = picture.shape[:2]

@@ -145,15 +145,18 @@ def _lead(job: Job, net: nn.Module, card: ModelCard, phases: list[Phase], origin
     return rows
 
 
-def _facts(job: Job, origin: Origin) -> dict[str, Any]:
-    config = job.config
+def facts(config: Config, store: Store, origin: Origin) -> dict[str, Any]:
+    """What a training's weights follow from, by dotted names."""
     known = {key: value for key, value in flat(config).items() if key.split(".")[0] in ("model", "train")}
     return {
         **{key: value for key, value in known.items() if key not in operational()},
-        "data.sha256": job.store.meta.sha256,
+        "data.sha256": store.meta.sha256,
         "weights.sha256": origin.sha256,
-        **job.facts,
     }
+
+
+def _facts(job: Job, origin: Origin) -> dict[str, Any]:
+    return {**facts(job.config, job.store, origin), **job.facts}
 
 
 def _plans(job: Job, net: nn.Module, phases: list[Phase]) -> list[frozen.Plan]:

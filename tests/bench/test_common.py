@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 
-def _asked(path: Path | None, *, quick: bool = True) -> argparse.Namespace:
-    return argparse.Namespace(quick=quick, json=path)
+def _asked(path: Path | None, *, quick: bool = True, add: bool = False) -> argparse.Namespace:
+    return argparse.Namespace(quick=quick, json=path, add=add)
 
 
 def test_sides_take_turns(common: Any) -> None:
@@ -106,6 +106,30 @@ def test_a_smoke_test_overwrites_no_results(common: Any, monkeypatch: pytest.Mon
     assert not list(tmp_path.iterdir())
     common.Bench("frozen", _asked(None, quick=False)).write()
     assert [path.name for path in tmp_path.iterdir()] == ["frozen.json"]
+
+
+def test_parts_of_a_bench_are_put_together(common: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "loop.json"
+
+    def run(words: str, *, add: bool, **measured: float) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["bench/loop.py", *words.split()])
+        bench = common.Bench("loop", _asked(path, quick=False, add=add))
+        for name, ratio in measured.items():
+            bench.comparisons.append(common.Comparison(name=name, ratio_of="y / x", ratios=[ratio]))
+        bench.write()
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+    run("--px 64", add=False, small=1.0, large=2.0)
+    found = run("--px 224 --add", add=True, large=3.0)
+    assert {c["name"]: c["median"] for c in found["comparisons"]} == {"small": 1.0, "large": 3.0}
+    assert found["command"] == "python bench/loop.py --px 64; python bench/loop.py --px 224 --add"
+    found["machine"]["processor"] = "another"
+    path.write_text(json.dumps(found))
+    with pytest.raises(SystemExit) as refused:
+        run("--px 128 --add", add=True, middle=1.0)
+    assert refused.value.code == 2
+    assert json.loads(path.read_text()) == found
 
 
 def test_a_peer_that_is_not_installed_is_named(common: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
