@@ -178,8 +178,13 @@ def _helpers(num: int) -> Iterator[Callable[[_Task], None]]:
     before = cv2.getNumThreads()
     cv2.setNumThreads(1)
     pool = ThreadPoolExecutor(max(1, num))
+
+    def begin(task: _Task) -> None:
+        if num:
+            pool.submit(task.run)
+
     try:
-        yield (lambda task: pool.submit(task.run) and None) if num else (lambda _: None)
+        yield begin
     finally:
         pool.shutdown(cancel_futures=True)
         cv2.setNumThreads(before)
