@@ -1,6 +1,10 @@
 """Threads follow what a process may use, and what its user says."""
 
 import math
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,3 +64,30 @@ def test_affinity_bounds_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "none")
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {3, 5}, raising=False)
     assert machine.cores() == 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked to keep memory")
+@pytest.mark.parametrize(
+    ("environment", "keeps"),
+    [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "1000"}, False), ({"GLIBC_TUNABLES": "glibc.malloc.check=3"}, False)],
+)
+def test_freed_memory_is_kept_unless_the_user_says_how(environment: dict[str, str], *, keeps: bool) -> None:
+    told = """
+import os, resource
+from pipeline import machine
+import numpy as np
+print(machine.keep_memory(os.environ))
+np.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    np.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", told], env=clean | environment, capture_output=True, text=True, check=True
+    )
+    kept, faults = done.stdout.split()
+    assert kept == str(keeps)
+    # 128 MiB ten times, in pages of at most 2 MiB
+    assert (int(faults) < 64) == keeps
