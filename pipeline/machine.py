@@ -84,14 +84,14 @@ def set_threads(*, devices: int | str) -> None:
         torch.set_num_threads(count)
 
 
-def keep_memory(environment: Mapping[str, str]) -> bool:
+def keep_memory() -> bool:
     """Has the C library keep the memory that tensors free, for the rest of the process; whether it does.
 
     It gives large blocks back to the system else, and has each of their pages cleared anew in the next step: up to a
     third of a small net's time on a processor. Only glibc can be asked; a user's own settings of it stand.
     """
-    asked = any(name.startswith("MALLOC_") for name in environment)
-    if asked or "glibc.malloc" in environment.get("GLIBC_TUNABLES", "") or platform.libc_ver()[0] != "glibc":
+    asked = any(name.startswith("MALLOC_") for name in os.environ)
+    if asked or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or platform.libc_ver()[0] != "glibc":
         return False
     library = ctypes.CDLL(None)
     return bool(library.mallopt(_MMAP_THRESHOLD, _OWN_BLOCK) and library.mallopt(_TRIM_THRESHOLD, _KEPT))

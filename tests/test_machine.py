@@ -73,10 +73,10 @@ def test_affinity_bounds_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 )
 def test_freed_memory_is_kept_unless_the_user_says_how(environment: dict[str, str], *, keeps: bool) -> None:
     told = """
-import os, resource
+import resource
 from pipeline import machine
 import numpy as np
-print(machine.keep_memory(os.environ))
+print(machine.keep_memory())
 np.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):

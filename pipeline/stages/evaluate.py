@@ -1,7 +1,6 @@
 """The evaluate stage: judges the trained model on the test split, on one device, and files everything on its run."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from pipeline.training.weights import ModelCard
 def run(config: Config) -> None:
     """Writes models/NAME/evaluate, models/metrics.json and models/confusion.csv, and logs them."""
     machine.set_threads(devices=1)
-    machine.keep_memory(os.environ)
+    machine.keep_memory()
     store = Store(paths.prepared(config.data.name))
     store.verify()
     trained = paths.trained(config.model.name)
