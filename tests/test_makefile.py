@@ -147,7 +147,9 @@ def test_ci_fails_below_the_promised_accuracy(clone: Path) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_ci_removes_the_environment_when_it_is_stopped(clone: Path, number: signal.Signals, code: int) -> None:
     (clone / "slow").touch()
+    ours = signal.signal(number, signal.SIG_DFL)  # nohup and its like have a signal ignored, and bash cannot undo that
     process = subprocess.Popen([clone / ".ci/run"], stdout=subprocess.PIPE, text=True)
+    signal.signal(number, ours)
     deadline = time.monotonic() + 30
     while not (clone / "linting").exists():
         assert time.monotonic() < deadline

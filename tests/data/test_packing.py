@@ -1,6 +1,5 @@
 """Pictures as published become the packed store: nothing is left out unsaid, and only training pictures have copies."""
 
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.data import packing
+from pipeline.data import helpers, packing
 from pipeline.data.catalog import Item, Pictures
-from pipeline.data.store import Row, Store
+from pipeline.data.store import Store
 from pipeline.errors import UserError
 from pipeline.parameters import AugmentParams
 
@@ -95,57 +94,32 @@ CHAIN = {"rotate": {}, "gaussian_blur": {"p": 1.0}, "shift": {}, "gaussian_noise
 """Two transforms that go through albumentations, and two that do not."""
 
 
-@pytest.mark.parametrize(("num", "ahead", "together"), [(1, 1, 8), (2, 1, 1), (5, 3, 2)])
-def test_the_number_of_threads_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num: int, ahead: int, together: int
+@pytest.mark.parametrize(
+    ("num", "ahead", "together", "large"), [(1, 1, 8, 2**20), (2, 1, 1, 2**20), (4, 3, 2, 2**20), (2, 2, 1, 500)]
+)
+def test_the_number_of_processes_and_the_size_of_tasks_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num: int, ahead: int, together: int, large: int
 ) -> None:
     chosen = {"copies": 3, "transforms": CHAIN, "skip_unreadable": True}
     whole = _pack(tmp_path / "whole", _pictures(broken=True), **chosen)
-    monkeypatch.setattr(packing, "cores", lambda: num)
-    monkeypatch.setattr(packing, "AHEAD", ahead)
+    monkeypatch.setattr(helpers, "cores", lambda: num)
+    monkeypatch.setattr(helpers, "AHEAD", ahead)
     monkeypatch.setattr(packing, "TOGETHER", together)
+    monkeypatch.setattr(packing, "LARGE", large)  # 500 bytes: a picture's copies are made in two tasks or three
     again = _pack(tmp_path / "again", _pictures(broken=True), **chosen)
     assert again.meta.sha256 == whole.meta.sha256
+    assert again.meta.skipped == whole.meta.skipped
     assert [row.copy for row in again.rows if row.split == "train"] == [0, 1, 2, 3] * (again.counts()["train"] // 4)
 
 
-def test_a_large_dataset_is_begun_no_further_ahead_than_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures, begun, farthest = _pictures(), [], []
-
-    def load(index: int) -> np.ndarray:
-        begun.append(index)
-        return pictures.load(index)
-
-    row = packing._row
-
-    def written(item: Item, *rest: Any) -> Row:
-        farthest.append(len(begun) - int(item.key))
-        return row(item, *rest)
-
-    monkeypatch.setattr(packing, "cores", lambda: 2)
-    monkeypatch.setattr(packing, "AHEAD", 3)
-    monkeypatch.setattr(packing, "_row", written)
-    _pack(tmp_path / "store", replace(pictures, load=load))
-    assert len(farthest) == 40
-    assert max(farthest) <= 2 * 3 + 1
-
-
-def test_a_mistake_in_a_thread_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures, begun = _pictures(), []
-
-    def load(index: int) -> np.ndarray:
-        begun.append(index)
-        if index == 3:
-            raise KeyboardInterrupt
-        return pictures.load(index)
-
-    monkeypatch.setattr(packing, "cores", lambda: 2)
-    monkeypatch.setattr(packing, "AHEAD", 2)
-    threads = threading.active_count()
-    with pytest.raises(KeyboardInterrupt):
-        _pack(tmp_path / "store", replace(pictures, load=load))
-    assert threading.active_count() == threads
-    assert len(begun) < 40
+def test_tasks_have_all_pictures_of_the_splits_once_and_are_neither_tiny_nor_huge() -> None:
+    split_of = ["train", "", *["val"] * 700, "train"]
+    tasks = list(packing._tasks(split_of, copies=2, each=100))
+    assert [sum(len(part.versions) for part in task) for task in tasks] == [256, 256, 194]
+    made = [(part.item, version) for task in tasks for part in task for version in part.versions]
+    assert made == [(0, 0), (0, 1), (0, 2), *((index, 0) for index in range(2, 702)), (702, 0), (702, 1), (702, 2)]
+    large = list(packing._tasks(["train"], copies=4, each=packing.LARGE // 2))
+    assert large == [[(0, range(2))], [(0, range(2, 4))], [(0, range(4, 5))]]
 
 
 def test_groups_stay_on_one_side_and_are_noted_with_their_pictures_and_copies(tmp_path: Path) -> None:
