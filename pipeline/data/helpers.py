@@ -83,7 +83,7 @@ class _Begun(Generic[Task, Made]):
         self._here = Future()
         try:
             self._here.set_result(make(self._task))
-        except Exception as error:  # noqa: BLE001  (for its turn)
+        except Exception as error:
             self._here.set_exception(error)
         return True
 
