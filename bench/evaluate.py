@@ -2,7 +2,8 @@
 
 Thaw's side is what the stage does: batches out of the packed store, through preprocessing and net, logits gathered. The
 bare side holds the very batches in memory as tensors, in the memory format that the stage gives them, and calls the
-same model under `inference_mode`; nothing else. Both in one process, in turn, after a pass of each that does not count.
+same model under `inference_mode`; nothing else. Both in one process, in turn, after a pass of each that does not count;
+it keeps the memory that tensors free, as the stage's does.
 On two cores 10 minutes.
 
     python bench/evaluate.py [--quick] [--json FILE]
@@ -31,6 +32,7 @@ TARGET = common.Target(at_least=0.95)
 def main() -> None:
     """Runs the bench."""
     asked = common.parser(__doc__, pairs=9).parse_args()
+    machine.keep_memory()  # as the stage does
     bench = common.Bench("evaluate", asked)
     for name, px in NETS.items():
         pairs = 2 if asked.quick else asked.pairs
