@@ -113,8 +113,11 @@ restore: setup ## train a U-Net to restore damaged pictures, for its encoder's w
 BENCHES := startup step evaluate memory upkeep datapath throughput frozen loop scaling accuracy
 # Those whose pictures may be one's own.
 OF_PICTURES := frozen loop accuracy
+# Of bench/accuracy.py, from cheap to dear.
+CASES := fashion_90 photographs fashion_93
 PEERS := .venv-peers
-bench_flags = $(if $(PAIRS),--pairs '$(PAIRS)') $(if $(PICTURES),$(if $(filter $(OF_PICTURES),$(1)),--pictures '$(PICTURES)'))
+bench_flags = $(strip $(if $(filter accuracy,$(1)),--case $(CASES)) $(if $(PAIRS),--pairs '$(PAIRS)') \
+  $(if $(PICTURES),$(if $(filter $(OF_PICTURES),$(1)),--pictures '$(PICTURES)')))
 
 bench: setup ## Thaw's speed against bare loops, as ratios [NAME=frozen] [PAIRS=5] [PICTURES=FOLDER]
 	$(if $(NAME),$(if $(wildcard bench/$(NAME).py),,$(error $(NAME): no such bench; there are $(BENCHES))))
@@ -134,7 +137,7 @@ $(PEERS)/.installed: bench/peers.txt
 	@touch $@
 
 bench-gpu: setup ## throughput of large nets against bare steps and timm's loop, where there is a GPU
-	@python bench/gpu.py $(if $(PAIRS),--pairs '$(PAIRS)')
+	@python bench/gpu.py $(if $(PAIRS),--pairs '$(PAIRS)') && python bench/report.py
 
 lock: ## resolve requirements.lock anew (needs uv)
 	uv pip compile --universal --generate-hashes --python-version 3.11 --extra dev --no-annotate --no-header \

@@ -291,7 +291,7 @@ def together(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any
     Raises:
         SystemExit: they are of different machines or of another bench, and do not belong together.
     """
-    same = ("processor", "usable_cores", "threads", "torch")
+    same = ("processor", "usable_cores", "bf16", "memory_gib", "threads", "torch")
     if before["bench"] != now["bench"] or any(before["machine"][name] != now["machine"][name] for name in same):
         refuse("--add: the results file is of another bench, machine or torch; measure all of it anew")
     names = {comparison["name"] for comparison in now["comparisons"]}

@@ -59,13 +59,12 @@ def _measure(bench: Bench, net: str, asked: argparse.Namespace) -> None:
         **chosen(asked),
     }
     fast = {"channels_last": True, "bf16": True, "compile": True, "in_chans": 3, "px": PX, "batch": BATCH}
-    step = {"mode": "step", "net": net, "classes": CLASSES, "warm": 20, "steps": 100, **fast}
+    step = {"mode": "step", "keep_memory": True, "net": net, "classes": CLASSES, "warm": 20, "steps": 100, **fast}
     loop = {"net": net, "weights": "", "px": PX, "batch": BATCH, "epochs": EPOCHS, "lr": 1e-4, "workers": workers}
     loop |= {"folder": str(project.shared()), "frozen": False, "judge": False, "fast": True}
 
     def thaw() -> float:
-        times = project.train(settings).epochs[1:]
-        return seen * len(times) / sum(times)
+        return seen / project.train(settings).later
 
     turns: dict[str, Callable[[], float]] = {
         "Thaw": thaw,

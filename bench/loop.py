@@ -10,7 +10,6 @@ with --peers, at 128 px alone unless --px says otherwise, 12.
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,7 @@ def _measure(bench: Bench, pictures: Any, asked: argparse.Namespace, *, px: int)
         "frozen": False,
         "judge": False,
     }
-    turns: dict[str, Callable[[], float]] = {"Thaw": lambda: statistics.fmean(project.train(settings).epochs[1:])}
+    turns: dict[str, Callable[[], float]] = {"Thaw": lambda: project.train(settings).later}
     for name, (file, python) in others(bench, peers=asked.peers).items():
         turns[name] = lambda file=file, python=python: later(worker(file, spec, python=python).told)
     found = rounds(turns, number=asked.pairs)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from common import ROOT, Done, has_bf16, refuse, run
+from common import ROOT, Done, has_bf16, later, refuse, run
 from pipeline import config, paths
 from pipeline.data import catalog
 from pipeline.errors import UserError
@@ -38,13 +38,16 @@ class Training:
     """From the start of the process to its end."""
     phases: float
     """From the schedule's table, printed when the net stands, to the last epoch's line: caches, trials, validation."""
-    epochs: list[float]
-    """Of each epoch with its validation, as Thaw notes it."""
     ends: list[float]
     """Of each epoch's line, counted as `phases` is."""
     accuracies: list[float]
     """Validation top-1 after each epoch."""
     output: list[str]
+
+    @property
+    def later(self) -> float:
+        """Mean of the epochs after the first, from line to line: with validation, checkpoints and what is between."""
+        return later({"ends": self.ends})
 
 
 class Project:
@@ -113,7 +116,6 @@ class Project:
         return Training(
             stage=done.seconds,
             phases=ends[-1],
-            epochs=[float(row["seconds"]) for row in rows],
             ends=ends,
             accuracies=[float(row["val/top1"]) for row in rows],
             output=[line for _, line in done.lines],

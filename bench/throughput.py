@@ -50,12 +50,12 @@ def _measure(bench: Bench, net: str, asked: argparse.Namespace) -> None:
         "train.phases": {"all": {"trainable": "all", "epochs": 2 if asked.quick else EPOCHS}},
         "train.transforms": {"random_crop": {}, "horizontal_flip": {}},
         "tracking.log_model": False,
-        "tracking.system_metrics": False,
         **chosen(asked),
     }
     seen = project.sizes["train"]
     spec = {
         "mode": "step",
+        "keep_memory": True,
         "net": net,
         "classes": CLASSES,
         "in_chans": 3,
@@ -69,8 +69,7 @@ def _measure(bench: Bench, net: str, asked: argparse.Namespace) -> None:
     }
 
     def thaw() -> float:
-        later = project.train(settings).epochs[1:]
-        return seen * len(later) / sum(later)
+        return seen / project.train(settings).later
 
     def limit() -> float:
         told: dict[str, Any] = worker("bare.py", spec, python=PYTHON).told

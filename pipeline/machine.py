@@ -84,6 +84,12 @@ def set_threads(*, devices: int | str) -> None:
         torch.set_num_threads(count)
 
 
+def settle(*, devices: int | str) -> None:
+    """Threads and memory for what computes with nets in this process; arguments as of `threads`."""
+    set_threads(devices=devices)
+    keep_memory()
+
+
 def keep_memory() -> bool:
     """Has the C library keep the memory that tensors free, for the rest of the process; whether it does.
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from pipeline import nets
+from pipeline import machine, nets
 from pipeline.data.store import Store
 from shared import Clock, spec
 
@@ -25,6 +25,8 @@ from shared import Clock, spec
 def main() -> None:
     """Does what the spec says."""
     asked = spec()
+    if getattr(asked, "keep_memory", False):
+        machine.keep_memory()
     modes: dict[str, Callable[[SimpleNamespace], None]] = {
         "forward": forward,
         "step": step,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline import config, paths, provenance, tracking
+from pipeline import config, machine, paths, provenance, tracking
 from pipeline.analysis import metrics
 from pipeline.analysis.metrics import Evaluation
 from pipeline.data.store import Store
@@ -70,6 +70,7 @@ def run(nets: Sequence[str], *, name: str = "") -> None:
         UserError: a model is not there, or is not one for the packed pictures, or there is one only.
     """
     params = config.load()
+    machine.settle(devices=1)
     store = Store(paths.prepared(params.data.name))
     members = gather(nets, store)
     title = "+".join(member.name for member in members)

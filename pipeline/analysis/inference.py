@@ -26,10 +26,10 @@ def logits(net: nn.Module, card: ModelCard, batches: Iterable[Batch]) -> tuple[t
     outputs, targets = [], []
     with torch.inference_mode():
         for pixels, labels in batches:
-            moved = pixels.to(place, memory_format=torch.channels_last)
-            outputs.append(model(moved).float().cpu())
+            moved = pixels.to(place, memory_format=torch.channels_last, non_blocking=True)
+            outputs.append(model(moved).float())
             targets.append(labels)
-    return torch.cat(outputs), torch.cat(targets)
+    return torch.cat(outputs).cpu(), torch.cat(targets)  # to the CPU once: every time would wait for the device
 
 
 def prepare(picture: np.ndarray, card: ModelCard) -> np.ndarray:

@@ -254,6 +254,9 @@ class PictureData(L.LightningDataModule):
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
+    def _device_type(self) -> str:
+        return str(self.trainer.strategy.root_device.type) if self.trainer else "cpu"
+
     def _loader(self, kind: type[DataLoader[Batch]], pictures: Dataset[Any], batches: Batches) -> DataLoader[Batch]:
         count = self._fitting(pictures, batches) if self._workers == "auto" else self._workers
         return kind(
@@ -261,22 +264,27 @@ class PictureData(L.LightningDataModule):
             sampler=batches,
             batch_size=None,
             num_workers=count,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._device_type() == "cuda",
             persistent_workers=count > 0,
         )
 
     def _fitting(self, pictures: Dataset[Any], batches: Batches) -> int:
         """Workers by a batch that is made to time it: one of the sampler's, which stays where it is."""
-        device = self.trainer.strategy.root_device.type if self.trainer else "cpu"
         return workers.auto(
             lambda: pictures[batches.example()],
             batches=len(batches),
             processes=int(os.environ.get("LOCAL_WORLD_SIZE", self._place()[1])),
-            accelerated=device != "cpu",
+            accelerated=self._device_type() != "cpu",
         )
 
 
 def test_loader(store: Store, *, px: int, in_chans: int, batch_size: int, workers: int) -> DataLoader[Batch]:
     """The test split in the manifest's order, for one device."""
     batches = Batches(store.indices("test"), batch_size=batch_size)
-    return DataLoader(Pictures(store, px=px, in_chans=in_chans), sampler=batches, batch_size=None, num_workers=workers)
+    return DataLoader(
+        Pictures(store, px=px, in_chans=in_chans),
+        sampler=batches,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+    )

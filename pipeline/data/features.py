@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pipeline.errors import UserError
 from pipeline.files import fresh_file
 
 DONE, FACTS = "done", "facts.json"
@@ -101,8 +102,10 @@ class FeatureCache:
             missing = wanted[done[wanted] == 0]
             if len(missing):
                 _make_room(self._base, limit - len(wanted) * self.row_bytes, keep=self.folder)
+                _check_disk(self._base, len(missing) * self.row_bytes)
                 self._fill(missing, make, done)
             os.utime(self.folder / FACTS)
+            self._files = self._mapped(shared=False)  # now, while nobody takes it away
         return len(missing)
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, ...]:
@@ -230,4 +233,19 @@ def _last_used(folder: Path) -> float:
 
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_blocks * 512 for file in folder.iterdir())
+    total = 0
+    for file in folder.iterdir():
+        with suppress(FileNotFoundError):  # one that was written beside, and is renamed by now
+            total += file.stat().st_blocks * 512
+    return total
+
+
+def _check_disk(base: Path, needed: int) -> None:
+    """Refuses what the disk has no room for: a full one ends the process where it writes to a map, without a word."""
+    free = shutil.disk_usage(base).free
+    if needed > free:
+        raise UserError(
+            f"{base}: what frozen layers give takes {needed / 1e9:.1f} GB, and this disk has {free / 1e9:.1f} GB left; "
+            "free some, or set train.cache=none",
+            parameter="train.cache",
+        )

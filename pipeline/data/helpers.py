@@ -15,11 +15,12 @@ import sys
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from itertools import chain, islice
+from dataclasses import dataclass
+from itertools import accumulate, chain, islice
 from multiprocessing.connection import wait
 from typing import Any, Generic, TypeVar
 
@@ -28,6 +29,10 @@ from pipeline.machine import cores
 
 AHEAD = 3
 """Tasks begun ahead of the one that is waited for, for each process: bounds the memory that many of them take."""
+OUT = 2
+"""Of them, those that are out to a helper: the one that it is at, and the next, so that it never waits for it."""
+ROOM = 2**30
+"""Bytes of memory that processes share, at most."""
 
 Task = TypeVar("Task")
 Made = TypeVar("Made")
@@ -35,7 +40,7 @@ _Told = tuple[bytes, list[int]]
 """A pickle without the bytes of its arrays, and how many each has."""
 
 
-def in_order(tasks: Iterable[Task], make: Callable[[Task], Made], *, room: int) -> Iterator[Made]:
+def in_order(tasks: Iterable[Task], make: Callable[[Task], Made], *, room: int) -> Generator[Made, None, None]:
     """What `make` gives for each task, in their order; arrays hold good until the next one is asked for.
 
     Args:
@@ -46,62 +51,62 @@ def in_order(tasks: Iterable[Task], make: Callable[[Task], Made], *, room: int) 
         UserError: a helper was killed.
     """
     coming = iter(tasks)
-    first = list(islice(coming, 2))
-    tasks, helping = chain(first, coming), cores() - 1
-    if len(first) < 2 or not helping or sys.platform != "linux":
-        yield from map(make, tasks)
+    first = list(islice(coming, cores()))
+    helping = len(first) - 1
+    if helping < 1 or sys.platform != "linux":
+        yield from map(make, chain(first, coming))
         return
-    places = [mmap.mmap(-1, room) for _ in range(AHEAD * (1 + helping))]
+    ahead = AHEAD * (1 + helping)
+    places = [mmap.mmap(-1, min(room, ROOM // ahead)) for _ in range(ahead)]
+    entries: Iterator[_Entry[Task, Made]] = (
+        _Entry(task, number % ahead) for number, task in enumerate(chain(first, coming))
+    )
+    waiting: deque[_Entry[Task, Made]] = deque()
     with _pool(helping, make, places) as pool:
-        begun: Iterator[_Begun[Task, Made]] = (
-            _Begun(task, pool, number % len(places), places) for number, task in enumerate(tasks)
-        )
-        waiting = deque(islice(begun, len(places)))
-        while waiting:
-            while not waiting[0].ready and any(one.here(make) for one in waiting):
-                pass
-            yield waiting.popleft().result()
-            waiting.extend(islice(begun, 1))
+        while True:
+            waiting.extend(islice(entries, ahead - len(waiting)))
+            if not waiting:
+                return
+            untouched = [entry for entry in waiting if entry.made is None and entry.told is None]
+            out = sum(entry.told is not None and not entry.told.done() for entry in waiting)
+            for entry in untouched[: max(0, OUT * helping - out)]:
+                entry.told = pool.submit(_help, entry.task, entry.place)
+            untouched = [entry for entry in untouched if entry.told is None]
+            if waiting[0].ready or not untouched:
+                yield waiting.popleft().result(places)
+            else:
+                untouched[0].do(make)
 
 
-class _Begun(Generic[Task, Made]):
-    """A task that a helper may take, as long as this process does not."""
+@dataclass
+class _Entry(Generic[Task, Made]):
+    """A task on its way: with a helper, done in this process, or untouched."""
 
-    def __init__(self, task: Task, pool: ProcessPoolExecutor, place: int, places: list[mmap.mmap]) -> None:
-        self._task, self._place = task, places[place]
-        self._told: Future[_Told] = pool.submit(_help, task, place)
-        self._here: Future[Made] | None = None
+    task: Task
+    place: int
+    told: "Future[_Told] | None" = None
+    made: "Future[Made] | None" = None
 
     @property
     def ready(self) -> bool:
-        return self._told.done()
+        return self.made is not None or (self.told is not None and self.told.done())
 
-    def here(self, make: Callable[[Task], Made]) -> bool:
-        """Does it in this process, unless it is done or a helper has come to it; whether it did."""
-        if self._told.done() or not self._told.cancel():
-            return False
-        self._here = Future()
+    def do(self, make: Callable[[Task], Made]) -> None:
+        self.made = Future()
         try:
-            self._here.set_result(make(self._task))
+            self.made.set_result(make(self.task))
         except Exception as error:
-            self._here.set_exception(error)
-        return True
+            self.made.set_exception(error)  # for its turn
 
-    def result(self) -> Made:
+    def result(self, places: list[mmap.mmap]) -> Made:
         """What came of it, as soon as it is there; raises what `make` raised."""
-        if self._here is not None:
-            return self._here.result()
-        try:
-            told, sizes = self._told.result()
-        except BrokenProcessPool:
-            raise UserError(
-                "a process that helped was killed, most likely for want of memory; free some, or use fewer cores"
-            ) from None
-        buffers, start = [], 0
-        for size in sizes:
-            buffers.append(memoryview(self._place)[start : start + size])
-            start += size
-        made: Made = pickle.loads(told, buffers=buffers)
+        if self.made is not None:
+            return self.made.result()
+        assert self.told is not None
+        told, sizes = self.told.result()
+        ends = list(accumulate(sizes))
+        seen = memoryview(places[self.place])
+        made: Made = pickle.loads(told, buffers=[seen[end - size : end] for end, size in zip(ends, sizes, strict=True)])
         return made
 
 
@@ -120,6 +125,10 @@ def _pool(number: int, make: Callable[[Any], Any], places: list[mmap.mmap]) -> I
             warnings.simplefilter("ignore", DeprecationWarning)
             pool.submit(os.getpid)  # the first task forks all of them
         yield pool
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that helped was killed, most likely for want of memory; free some, or use fewer cores"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
         cv2.setNumThreads(before)

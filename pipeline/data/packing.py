@@ -4,7 +4,8 @@ Decoding and copying are shared out among the cores (`pipeline/data/helpers.py`)
 bit, whatever their number.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -63,28 +64,31 @@ def pack(folder: Path, pictures: Pictures, *, dataset: str, channels: int, param
     )
     skipped = list(pictures.skipped)
 
-    def rows() -> Iterator[tuple[Row, np.ndarray]]:
+    def rows() -> Generator[tuple[Row, np.ndarray], None, None]:
         each = params.px**2 * channels * 4 // 3  # bytes, of a picture of the usual proportions
         tasks = _tasks(split_of, copies=params.copies, each=each)
         make = partial(_made, _Maker(pictures, channels=channels, params=params))
-        for part, made, error in chain.from_iterable(in_order(tasks, make, room=2 * LARGE)):
-            if error is not None:
-                if not params.skip_unreadable:
-                    raise UserError(f"{error}; remove it, or set augment.skip_unreadable: true")
-                skipped.append(str(error))
-                continue
-            for version, picture in zip(part.versions, made, strict=True):
-                yield _row(pictures.items[part.item], split_of[part.item], version, picture), picture
+        room = 2 * max(SMALL, min(LARGE, (1 + params.copies) * each))  # for long pictures too
+        with closing(in_order(tasks, make, room=room)) as results:
+            for part, made, error in chain.from_iterable(results):
+                if error is not None:
+                    if not params.skip_unreadable:
+                        raise UserError(f"{error}; remove it, or set augment.skip_unreadable: true")
+                    skipped.append(str(error))
+                    continue
+                for version, picture in zip(part.versions, made, strict=True):
+                    yield _row(pictures.items[part.item], split_of[part.item], version, picture), picture
 
-    store.write(
-        folder,
-        rows(),
-        dataset=dataset,
-        classes=pictures.classes,
-        px=params.px,
-        channels=channels,
-        skipped=skipped,
-    )
+    with closing(rows()) as stream:  # at an error, helpers end here and now
+        store.write(
+            folder,
+            stream,
+            dataset=dataset,
+            classes=pictures.classes,
+            px=params.px,
+            channels=channels,
+            skipped=skipped,
+        )
 
 
 def _row(item: Item, split: str, copy: int, picture: np.ndarray) -> Row:
@@ -117,6 +121,8 @@ class _Maker:
     def __init__(self, pictures: Pictures, *, channels: int, params: AugmentParams) -> None:
         self._pictures, self._channels, self._params = pictures, channels, params
         self._augment = Augmenter(params.transforms, px=params.px, square=False)
+        if params.copies:
+            self._augment.load()
 
     def __call__(self, part: Part) -> list[np.ndarray]:
         picture = shrink(self._pictures.load(part.item), self._params.px)

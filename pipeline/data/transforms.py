@@ -77,6 +77,9 @@ class Transform(BaseModel):
         """The same for pictures of one shape, which it may overwrite."""
         raise NotImplementedError
 
+    def load(self) -> None:
+        """Makes what else the first picture would make."""
+
 
 class ByAlbumentations(Transform):
     """A transform of albumentations that keeps a picture's shape, carried out picture by picture."""
@@ -89,6 +92,9 @@ class ByAlbumentations(Transform):
     def built(self) -> "albumentations.BasicTransform":
         """What `build` gave, made once."""
         return self.build()
+
+    def load(self) -> None:
+        _ = self.built
 
     def __call__(self, pictures: Pixels, draws: Draws, *, px: int) -> Pixels:
         chosen = draws.chosen(self.p)
@@ -371,6 +377,11 @@ class Augmenter:
     def __init__(self, chosen: Mapping[str, Mapping[str, Any]], *, px: int, square: bool = True) -> None:
         self._steps = {name: _parse(name, arguments) for name, arguments in chosen.items()}
         self._px, self._square = px, square
+
+    def load(self) -> None:
+        """Makes what else the first picture would make: forks of this process then need not."""
+        for step in self._steps.values():
+            step.load()
 
     def __call__(self, pictures: Pixels, *, keys: Keys) -> Pixels:
         """A random version of each picture: the same key gives the same version, bit by bit, whatever the batch.

@@ -24,8 +24,7 @@ from pipeline.training.weights import ModelCard
 
 def run(config: Config) -> None:
     """Writes models/NAME/evaluate, models/metrics.json and models/confusion.csv, and logs them."""
-    machine.set_threads(devices=1)
-    machine.keep_memory()
+    machine.settle(devices=1)
     store = Store(paths.prepared(config.data.name))
     store.verify()
     trained = paths.trained(config.model.name)

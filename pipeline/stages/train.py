@@ -1,6 +1,6 @@
 """The train stage: phases of freezing and thawing, from what `weights` fetched to models/NAME/train."""
 
-from pipeline import machine, paths
+from pipeline import paths
 from pipeline.analysis import metrics
 from pipeline.data.store import Store
 from pipeline.parameters import Config
@@ -11,8 +11,6 @@ from pipeline.training.job import Job
 
 def run(config: Config) -> None:
     """Trains phase by phase; writes the last one's best weights, with checkpoints, curves and the run's id."""
-    machine.set_threads(devices=config.train.devices)
-    machine.keep_memory()
     store = Store(paths.prepared(config.data.name))
     if rank() == 0:
         store.verify()

@@ -278,7 +278,9 @@ class Classifier(L.LightningModule):
 
     def _logits(self, net: nn.Module, inputs: Any) -> torch.Tensor:
         """Of pictures uint8 or float [B, C, H, W], or of the tensors that cross the cut."""
-        logits: torch.Tensor = net(self._prepared(inputs)) if self.cut is None else self.cut.logits(net, inputs)
+        if self.cut is not None:
+            return self.cut.logits(net, inputs, compiled=self._params.compile)
+        logits: torch.Tensor = net(self._prepared(inputs))
         return logits
 
     def _all_logits(self, net: Any, inputs: Any) -> tuple[torch.Tensor, ...]:

@@ -78,10 +78,12 @@ class Cut:
         """The frozen part: from normalised pictures [B, C, H, W] to the tensors that cross, each [B, ...]."""
         return self._above[True][0].on(net, self._below)
 
-    def logits(self, net: nn.Module, crossing: Sequence[Tensor]) -> Tensor:
+    def logits(self, net: nn.Module, crossing: Sequence[Tensor], *, compiled: bool = False) -> Tensor:
         """The rest, in the net's mode: from the tensors that cross to logits [B, classes]."""
         if net not in self._made:
             self._made[net] = {mode: traced.on(net, graph) for mode, (traced, graph) in self._above.items()}
+            for part in self._made[net].values() if compiled else ():
+                part.compile()
         found: Tensor = self._made[net][net.training](*crossing)
         return found
 

@@ -215,6 +215,9 @@ def _trainer(
     if params.precision == "16-mixed" and trainer.strategy.root_device.type == "cpu":
         # Lightning would take bf16 in its place.
         raise UserError("16-mixed needs a GPU; use bf16-mixed or 32-true", parameter="train.precision")
+    # Before each step of several processes it would wait for the device, to hear of a signal that `Stop` has caught.
+    loop: Any = trainer.fit_loop.epoch_loop
+    loop._broadcast_sigterm_tensor = lambda: None
     return trainer
 
 

@@ -5,9 +5,11 @@ weights and precision are the same ones.
 """
 
 import hashlib
+import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pipeline import machine, paths
-from pipeline.data import transforms, workers
+from pipeline.data import draws, pixels, transforms, workers
 from pipeline.data.datamodule import Pictures
 from pipeline.data.features import CachedPictures, FeatureCache
 from pipeline.data.store import Store
@@ -29,6 +31,7 @@ from pipeline.training.normalize import Normalize, resized
 from pipeline.training.schedule import Phase
 
 GB = 1e9
+_OPENCV = "opencv-python-headless"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -199,12 +202,13 @@ class _Work:
             count = workers.auto(
                 lambda: pictures[batches[0]], batches=len(batches), processes=1, accelerated=self._device.type != "cpu"
             )
-        loader = DataLoader(pictures, sampler=batches, batch_size=None, num_workers=count)
+        pinned = self._device.type == "cuda"
+        loader = DataLoader(pictures, sampler=batches, batch_size=None, num_workers=count, pin_memory=pinned)
         memory_format = torch.channels_last if params.channels_last else torch.contiguous_format
         reduced = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(params.precision)
-        for piece, (pixels, _) in zip(pieces, loader, strict=True):
+        for piece, (pictures_BCHW, _) in zip(pieces, loader, strict=True):
             with torch.inference_mode(), torch.autocast(self._device.type, reduced, enabled=reduced is not None):
-                prepared = self._normalize(resized(pixels.to(self._device), self._phase.px))
+                prepared = self._normalize(resized(pictures_BCHW.to(self._device, non_blocking=True), self._phase.px))
                 yield piece, self._below(prepared.contiguous(memory_format=memory_format))
 
     def _facts(self, chosen: Mapping[str, Mapping[str, Any]], views: int) -> dict[str, str]:
@@ -217,7 +221,15 @@ class _Work:
             "precision": self._params.precision,
             "device": self._device.type,
             "versions": f"torch {torch.__version__}, timm {timm.__version__}",
+            "preparation": _preparation() if chosen else "none",
         }
+
+
+def _preparation() -> str:
+    """What a random version of a picture follows from, beside the parameters: our code, and that of others."""
+    ours = "".join(inspect.getsource(module) for module in (draws, pixels, transforms))
+    others = ", ".join(f"{name} {metadata.version(name)}" for name in ("albumentations", "numpy", _OPENCV))
+    return f"code {_digest(ours.encode())}, {others}"
 
 
 def _weights_digest(below: nn.Module) -> str:

@@ -67,6 +67,7 @@ def run(job: Job) -> pd.DataFrame | None:
     Gives back a row per epoch; None off the leading rank, which writes nothing.
     """
     config = job.config
+    machine.settle(devices=config.train.devices)
     leader = rank() == 0
     L.seed_everything(config.train.seed, workers=True, verbose=False)
     origin = Origin.read(paths.pretrained(config.model.name))
@@ -133,7 +134,8 @@ def _lead(job: Job, net: nn.Module, card: ModelCard, phases: list[Phase], origin
         plans = _plans(job, net, phases)
         pictures = len(job.store.indices("train"))
         print(schedule_view.text(phases, net, pictures=pictures, frozen=[plan.told for plan in plans]))
-        train = tuning.tuned(job.config, job.store, net, card, phases=phases, progress=progress)
+        cached = [phase.name for phase, plan in zip(phases, plans, strict=True) if plan.cut is not None]
+        train = tuning.tuned(job.config, job.store, net, card, phases=phases, cached=cached, progress=progress)
         if progress.tuned:
             tracked.set_tags({f"auto_tune.{key}": str(value) for key, value in progress.tuned["choice"].items()})
             job = replace(job, config=job.config.model_copy(update={"train": train}))

@@ -25,9 +25,10 @@ LIMIT = 65536
 """Pictures beyond which no batch is looked for."""
 SMALL = (2, 4)
 """Batches that are measured; a batch norm takes no batch of 1."""
-SHARE = 0.6
+SHARE = 0.5
 """Of the free memory that a processor's batch may fill: its peak was 1.0 to 1.1 times what is kept, and up to 1.5 times
-where cheap layers are computed again, by the allocator's gaps; loaders and trackers need some as well."""
+where cheap layers are computed again, by the allocator's gaps, which take a fifth more where freed memory stays with
+the process; loaders and trackers need some as well."""
 GB = 1e9
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 _CLASSES = 1000

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanMetric
 
-from pipeline import nets, paths, provenance, tracking
+from pipeline import machine, nets, paths, provenance, tracking
 from pipeline.analysis import plots
 from pipeline.data.datamodule import Batches, Pictures
 from pipeline.data.store import Store
@@ -84,6 +84,7 @@ def run(
     settings = {key: value for key, value in locals().items() if key not in ("out", "experiment")}
     _check(counts=(epochs, batch_size, width), lr=lr, in_chans=in_chans, noise=noise, hole=hole)
     quiet()
+    machine.settle(devices=1)
     store = _store(dataset, px=px)
     L.seed_everything(seed, workers=True, verbose=False)
     clean = Pictures(store, px=px, in_chans=in_chans)

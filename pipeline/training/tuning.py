@@ -11,7 +11,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -104,7 +104,14 @@ def check(params: TrainParams) -> None:
 
 
 def tuned(
-    config: Config, store: Store, net: nn.Module, card: ModelCard, *, phases: Sequence[Phase], progress: Progress
+    config: Config,
+    store: Store,
+    net: nn.Module,
+    card: ModelCard,
+    *,
+    phases: Sequence[Phase],
+    cached: Collection[str],
+    progress: Progress,
 ) -> TrainParams:
     """`train` with what auto_tune chose for this training: before a stop, in one of the like, or now.
 
@@ -112,15 +119,19 @@ def tuned(
 
     Args:
         net: as training begins with it.
+        cached: phases whose frozen layers run once for each picture, which is as good as a single epoch.
     """
     params = config.train
     if not params.auto_tune:
         return params
     if not progress.tuned:
         pictures = len(store.indices("train"))
-        counts = {phase.name: _learning(net, phase) * phase.total_steps(pictures) for phase in phases}
-        phase = max(phases, key=lambda phase: counts[phase.name])
-        total_steps = phase.total_steps(pictures)
+        steps = {
+            phase.name: phase.steps_an_epoch(pictures) if phase.name in cached else phase.total_steps(pictures)
+            for phase in phases
+        }
+        phase = max(phases, key=lambda phase: _learning(net, phase) * steps[phase.name])
+        total_steps = steps[phase.name]
         key = key_of(config.model, params, phase, px=card.px, total_steps=total_steps)
         found = known(key)
         if found is None:

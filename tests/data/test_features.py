@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from pipeline.data import features
 from pipeline.data.features import DONE, CachedPictures, FeatureCache
+from pipeline.errors import UserError
 
 SHAPES = [(3, 2, 2), (5,)]
 LIMIT = 1e9
@@ -121,6 +123,20 @@ def test_a_reader_reads_on_when_its_cache_makes_room(tmp_path: Path) -> None:
     _cache(tmp_path, weights="2").fill(np.arange(20), _maker([]), limit=1)
     assert not cache.folder.exists()
     assert torch.equal(cache.read(np.array([5]))[1], _numbers(np.array([5]))[1])
+
+
+def test_what_the_disk_does_not_hold_is_refused_before_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    cache = _cache(tmp_path)
+    needed = 20 * cache.row_bytes
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    with pytest.raises(UserError, match=r"GB left; free some, or set train.cache=none$"):
+        cache.fill(np.arange(20), _maker(made), limit=LIMIT)
+    assert made == []
+    assert cache.fill(np.arange(19), _maker(made), limit=LIMIT) == 19
+    assert cache.fill(np.arange(20), _maker(made), limit=LIMIT) == 1  # of which one is missing yet
 
 
 def test_a_worker_gets_the_file_and_not_the_numbers(tmp_path: Path) -> None:

@@ -81,6 +81,19 @@ def test_the_parts_give_what_the_whole_gives(name: str, trainable: str) -> None:
     assert not any(id(parameter) in learning for parameter in found.below(net).parameters())
 
 
+@pytest.mark.slow
+def test_a_compiled_part_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, px = _prepared("scratch/resnet20", "last:1")
+    found = cut.find(net, in_chans=3, px=px)
+    crossing = found.below(net)(torch.randn(4, 3, px, px))
+    expected = found.logits(deepcopy(net), crossing)
+    compiled: list[torch.nn.Module] = []
+    compile_it = torch.fx.GraphModule.compile
+    monkeypatch.setattr(torch.fx.GraphModule, "compile", lambda self: (compiled.append(self), compile_it(self))[1])
+    torch.testing.assert_close(found.logits(net, crossing, compiled=True), expected, atol=1e-5, rtol=1e-5)
+    assert len(compiled) == 2
+
+
 def test_dropout_stays_above_the_cut_and_draws_anew_each_time() -> None:
     net, px = _prepared("test_efficientnet", "head", drop_rate=0.5)
     found = cut.find(net, in_chans=3, px=px)

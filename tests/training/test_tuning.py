@@ -1,6 +1,7 @@
 """auto_tune takes what is fastest, once, and leaves net and random numbers alone."""
 
 import copy
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,13 @@ def _config(**changed: Any) -> Config:
 
 
 def _tuned(
-    pictures: Store, asked: Config, folder: Path, net: nn.Module | None = None
+    pictures: Store, asked: Config, folder: Path, net: nn.Module | None = None, *, cached: Collection[str] = ()
 ) -> tuple[dict[str, Any], Progress]:
     net = net or nets.build("scratch/resnet20", num_classes=3, drop_rate="auto")
     progress = Progress(folder, facts={}, leader=True)
     progress.begin("run")
     phases = schedule.plan(asked.train, net, px=PX, random_start=False)
-    params = tuning.tuned(asked, pictures, net, CARD, phases=phases, progress=progress)
+    params = tuning.tuned(asked, pictures, net, CARD, phases=phases, cached=cached, progress=progress)
     return {name: getattr(params, name) for name in ("precision", "channels_last", "compile", "workers")}, progress
 
 
@@ -118,6 +119,17 @@ def test_the_fastest_way_is_chosen(
     assert {name: choice[name] for name in Way._fields} == expected._asdict()
     assert (COMPILED in stub.tried) == (COMPILED in steps)  # not where training is over sooner
     assert stub.phases == {"all"}
+
+
+@pytest.mark.parametrize(("cached", "expected"), [((), "long"), (("long",), "short")])
+def test_frozen_work_that_is_done_once_does_not_count_for_every_epoch(
+    cached: Collection[str], expected: str, pictures: Store, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub = _Stub({PLAIN: 4.0, LAST: 3.0, BF16: 2.0, BF16_LAST: 1.0, COMPILED._replace(precision="bf16-mixed"): 9.0})
+    monkeypatch.setattr(tuning, "pace", stub)
+    phases = {"long": {"trainable": "last:1", "epochs": 500}, "short": {"trainable": "all", "epochs": 2}}
+    _tuned(pictures, _config(phases=phases), here / "progress", cached=cached)
+    assert stub.phases == {expected}
 
 
 def test_workers_load_where_the_training_process_is_kept_waiting(
