@@ -135,7 +135,6 @@ class FeatureCache:
                 self._note(done)
                 noted = time.monotonic()
         self._note(done)
-        self._files = None
 
     def _note(self, done: np.ndarray) -> None:
         """The numbers first: a row that is said to be done must be there after a power cut, too."""

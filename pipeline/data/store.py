@@ -201,4 +201,5 @@ def write(
 
 def _together(manifest: Path, pictures: bytes) -> str:
     """SHA-256 over the manifest and the pictures' XXH3, a checksum that costs a twentieth of it: nobody forges them."""
-    return hashlib.sha256(manifest.read_bytes() + pictures).hexdigest()
+    with manifest.open("rb") as file:
+        return hashlib.sha256(hashlib.file_digest(file, "sha256").digest() + pictures).hexdigest()

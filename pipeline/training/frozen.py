@@ -31,7 +31,6 @@ from pipeline.training.normalize import Normalize, resized
 from pipeline.training.schedule import Phase
 
 GB = 1e9
-_OPENCV = "opencv-python-headless"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -228,7 +227,9 @@ class _Work:
 def _preparation() -> str:
     """What a random version of a picture follows from, beside the parameters: our code, and that of others."""
     ours = "".join(inspect.getsource(module) for module in (draws, pixels, transforms))
-    others = ", ".join(f"{name} {metadata.version(name)}" for name in ("albumentations", "numpy", _OPENCV))
+    others = ", ".join(
+        f"{name} {metadata.version(name)}" for name in ("albumentations", "numpy", "opencv-python-headless")
+    )
     return f"code {_digest(ours.encode())}, {others}"
 
 

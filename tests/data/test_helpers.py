@@ -79,6 +79,26 @@ def test_an_error_comes_in_its_turn_and_ends_the_helpers() -> None:
     assert multiprocessing.active_children() == []
 
 
+def _interrupted(number: int) -> int:
+    if number == 3:
+        raise KeyboardInterrupt
+    return number
+
+
+def test_an_interruption_wherever_it_is_ends_the_helpers_before_the_work_is_done() -> None:
+    begun: list[int] = []
+
+    def tasks() -> Iterator[int]:
+        for number in range(1000):
+            begun.append(number)
+            yield number
+
+    with pytest.raises(KeyboardInterrupt):
+        list(in_order(tasks(), _interrupted, room=ROOM))
+    assert multiprocessing.active_children() == []
+    assert len(begun) < 40
+
+
 def test_who_stops_asking_ends_the_helpers() -> None:
     results = in_order(range(1000), _table, room=ROOM)
     next(results)
