@@ -1,6 +1,6 @@
 """A training step of Thaw against the same step in a bare torch loop, on tensors that lie in memory.
 
-    python bench/step.py [--pairs 5]
+    python bench/step.py [--net NAME ...] [--pairs 5]
 
 Both sides do the same: normalise, forward, cross-entropy, backward, the same optimiser and schedule, as many steps an
 epoch and the same validation after it. Thaw's epoch is the whole of it, with metrics and its checkpoint, but for the
@@ -154,10 +154,13 @@ CASES = (
 
 def main() -> None:
     """Measures every case."""
-    asked = parser(__doc__).parse_args()
+    made = parser(__doc__)
+    made.add_argument("--net", nargs="+", choices=[case.net for case in CASES])
+    asked = made.parse_args()
     machine.keep_memory()  # as the train stage does
     bench = Bench("step", asked)
-    for case in CASES[:1] if asked.quick else CASES:
+    nets_asked = asked.net or ([CASES[0].net] if asked.quick else [case.net for case in CASES])
+    for case in [case for case in CASES if case.net in nets_asked]:
         batches = _drawn(case._replace(steps=4) if asked.quick else case)
         sides = {
             side.__name__: lambda side=side, case=case, batches=batches: _seconds(side, case, batches)

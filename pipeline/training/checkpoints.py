@@ -18,7 +18,9 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 
+from pipeline.errors import UserError
 from pipeline.outbox import warn
 
 CHECKPOINTS = LAST, BEFORE, BEST = "last.ckpt", "before.ckpt", "best.ckpt"
@@ -143,6 +145,27 @@ class Checkpoints(L.Callback):
             f"stopping after step {trainer.global_step} of this phase: the same command goes on from here", flush=True
         )
         self.stop.obey()
+
+
+class Straight(TorchCheckpointIO):
+    """Writes a checkpoint into its file and nowhere else.
+
+    Lightning's own makes the bytes in memory, twice, and moves them from the folder for temporary files: whoever calls
+    this writes beside and renames as it is.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:  # noqa: ARG002
+        try:
+            with Path(path).open("wb") as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:
+            # Of a file that takes no more, torch says only that it is not as long as expected.
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            raise UserError(
+                f"{path} cannot be written: {cause.strerror}; mend that, and run the same command again to go on"
+            ) from None
 
 
 class Stop:

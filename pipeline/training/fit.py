@@ -19,7 +19,7 @@ from rich.console import Console
 from pipeline.data.datamodule import PictureData
 from pipeline.errors import UserError
 from pipeline.parameters import TrainParams
-from pipeline.training.checkpoints import BEST, LAST, Checkpoints, Stop, load_weights, taken_up
+from pipeline.training.checkpoints import BEST, LAST, Checkpoints, Stop, Straight, load_weights, taken_up
 from pipeline.training.classifier import Classifier
 from pipeline.training.gradients import GradientNorms
 from pipeline.training.profiling import TRACE, DataWait, Trace
@@ -208,6 +208,7 @@ def _trainer(
             enable_model_summary=False,
             enable_checkpointing=False,
             callbacks=callbacks,
+            plugins=[Straight()],
         )
     except (MisconfigurationException, ValueError) as error:
         told = str(error).splitlines()[0]

@@ -1,5 +1,7 @@
 """Checkpoints are whole or not there, never run code, and a wish to stop waits for the right moment."""
 
+import errno
+import io
 import os
 import signal
 from pathlib import Path
@@ -8,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.training.checkpoints import BEFORE, BEST, LAST, Stop, _put_in_place, load_weights, taken_up
+from pipeline.errors import UserError
+from pipeline.training.checkpoints import BEFORE, BEST, LAST, Stop, Straight, _put_in_place, load_weights, taken_up
 
 
 class _Evil:
@@ -51,6 +54,35 @@ def test_a_broken_last_does_not_push_the_one_before_out_of_its_place(tmp_path: P
     (tmp_path / LAST).write_bytes(b"broken again")
     assert taken_up(tmp_path, leader=True) == tmp_path / BEFORE
     assert torch.load(tmp_path / BEFORE)["state_dict"]["net.weight"][0] == 1
+
+
+def test_a_checkpoint_goes_into_its_file_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))  # Lightning's own would write there first
+    state = {"state_dict": {"net.weight": torch.arange(3.0)}, "epoch": 4}
+    Straight().save_checkpoint(state, tmp_path / "new.ckpt")
+    read = torch.load(tmp_path / "new.ckpt", weights_only=True)
+    assert read["epoch"] == 4
+    assert torch.equal(read["state_dict"]["net.weight"], torch.arange(3.0))
+    assert [path.name for path in tmp_path.iterdir()] == ["new.ckpt"]
+
+
+@pytest.mark.parametrize("after", [0, 100])
+def test_a_full_disk_is_told_in_one_line(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.RawIOBase):
+        written = 0
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:
+            if self.written >= after:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.written += len(data)
+            return len(data)
+
+    monkeypatch.setattr(Path, "open", lambda *_: Full())
+    with pytest.raises(UserError, match=r"last\.ckpt cannot be written: No space left on device; mend that"):
+        Straight().save_checkpoint({"state_dict": {"net.weight": torch.zeros(100_000)}}, Path("last.ckpt"))
 
 
 def test_a_phase_whose_best_is_broken_begins_anew_on_every_rank(
