@@ -143,8 +143,17 @@ class Done:
         return matching[-1]
 
 
-def run(words: Sequence[str | Path], *, folder: Path, environment: Mapping[str, str] | None = None) -> Done:
+def run(
+    words: Sequence[str | Path],
+    *,
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    enough: Callable[[str], bool] | None = None,
+) -> Done:
     """Runs a process to its end, in an environment that reaches no hub and keeps no telemetry.
+
+    Args:
+        enough: of a line that it prints, whether it may be told to end after it (SIGTERM).
 
     Raises:
         SystemExit: it failed; with the end of what it said.
@@ -170,10 +179,15 @@ def run(words: Sequence[str | Path], *, folder: Path, environment: Mapping[str, 
             text=True,
         )
         assert process.stdout is not None
+        told_to_end = False
         with process:
-            lines.extend((time.monotonic() - began, line.rstrip("\n")) for line in process.stdout)
+            for line in process.stdout:
+                lines.append((time.monotonic() - began, line.rstrip("\n")))
+                if enough is not None and not told_to_end and enough(line):
+                    process.terminate()
+                    told_to_end = True
         seconds = time.monotonic() - began
-        if process.returncode:
+        if process.returncode and not told_to_end:
             errors.seek(0)
             said = [line for _, line in lines[-10:]] + errors.read().splitlines()[-20:]
             command = shlex.join(str(word) for word in words)

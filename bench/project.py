@@ -7,10 +7,12 @@ hash of everything that it follows from, the code of pipeline/data/ included.
 import csv
 import hashlib
 import json
+import math
+import re
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ KEPT = ROOT / "data/cache/bench"
 PYTHON = sys.executable
 BF16_FROM_PX = 128
 """Smaller pictures are trained faster in fp32 on the processors that were tried."""
+EPOCH_LINE = re.compile(r"\S+ \d+/\d+: train loss .*; val loss \S+, top-1 (?P<top1>[\d.]+);")
+"""What the train stage prints after an epoch."""
 DRAWN_SIDES = (500, 375)
 """Width and height of a drawn picture: those of most photographs of data sets from the web."""
 
@@ -88,9 +92,15 @@ class Project:
         shutil.copyfile(ROOT / paths.PARAMS, self.folder / "params.yaml")
         config.write(self.folder / "params.yaml", overrides=settings)
 
-    def stage(self, name: str, *, environment: Mapping[str, str] | None = None) -> Done:
+    def stage(
+        self,
+        name: str,
+        *,
+        environment: Mapping[str, str] | None = None,
+        enough: Callable[[str], bool] | None = None,
+    ) -> Done:
         """Runs one command of Thaw's."""
-        return run([PYTHON, "-m", "pipeline", name], folder=self.folder, environment=environment)
+        return run([PYTHON, "-m", "pipeline", name], folder=self.folder, environment=environment, enough=enough)
 
     def knows(self, parameter: str) -> bool:
         """Whether this tree has a parameter of `train`, by its name."""
@@ -102,22 +112,33 @@ class Project:
         for left in (self.folder / "data/cache", self.folder / "models/progress"):
             shutil.rmtree(left, ignore_errors=True)
 
-    def train(self, settings: Mapping[str, Any], *, environment: Mapping[str, str] | None = None) -> Training:
-        """Runs the train stage as if for the first time: without checkpoints or caches of an earlier run."""
+    def train(
+        self,
+        settings: Mapping[str, Any],
+        *,
+        environment: Mapping[str, str] | None = None,
+        stop_at: float = math.inf,
+    ) -> Training:
+        """Runs the train stage as if for the first time: without checkpoints or caches of an earlier run.
+
+        Args:
+            stop_at: validation top-1 after which it is told to stop, where an epoch reaches it.
+        """
         self.begin_anew(settings)
-        done = self.stage("train", environment=environment)
+
+        def enough(line: str) -> bool:
+            found = EPOCH_LINE.match(line)
+            return found is not None and float(found["top1"]) >= stop_at
+
+        done = self.stage("train", environment=environment, enough=enough)
         (began, *_) = [at for at, line in done.lines if line.split()[:2] == ["phase", "epochs"]]
-        name = self.config.model.name
-        with (self.folder / paths.CURVES).open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        marks = tuple(f"{row['phase']} " for row in rows)
-        ends = [at - began for at, line in done.lines if line.startswith(marks) and "; val loss" in line]
-        assert len(ends) == len(rows), (name, done.lines)
+        epochs = [(at - began, found) for at, line in done.lines if (found := EPOCH_LINE.match(line))]
+        assert epochs, done.lines
         return Training(
             stage=done.seconds,
-            phases=ends[-1],
-            ends=ends,
-            accuracies=[float(row["val/top1"]) for row in rows],
+            phases=epochs[-1][0],
+            ends=[at for at, _ in epochs],
+            accuracies=[float(found["top1"]) for _, found in epochs],
             output=[line for _, line in done.lines],
         )
 

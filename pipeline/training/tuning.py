@@ -41,8 +41,8 @@ LONGEST_S = 10.0
 """Seconds after which a way has been seen for long enough, whatever its steps."""
 BATCHES = 4
 """Real batches that the steps go through in turn."""
-COMPILED_AFTER_S = 60.0
-"""Seconds of plain training below which compiling is not tried: it takes a good part of that itself."""
+COMPILED_AFTER_S = 1800.0
+"""Seconds of plain training below which compiling is not tried: two minutes of it on two cores, for a few per cent."""
 WORTH = 0.97
 """A way must take less than this share of the time of the one before it, or the difference may be noise."""
 NO_WAIT = 0.03

@@ -69,6 +69,14 @@ def test_a_process_that_fails_is_no_measurement(common: Any, tmp_path: Path) -> 
         common.run([sys.executable, "-c", failing], folder=tmp_path)
 
 
+def test_a_process_may_be_told_to_end_once_it_has_shown_enough(common: Any, tmp_path: Path) -> None:
+    endless = "import itertools, time\nfor i in itertools.count(): print(i); time.sleep(0.01)"
+    done = common.run([sys.executable, "-c", endless], folder=tmp_path, enough=lambda line: int(line) >= 3)
+    assert [line for _, line in done.lines[:4]] == ["0", "1", "2", "3"]
+    whole = common.run([sys.executable, "-c", "print(1)"], folder=tmp_path, enough=lambda line: int(line) >= 3)
+    assert [line for _, line in whole.lines] == ["1"]
+
+
 def test_processes_are_given_this_tree_and_no_hub(common: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DVC_ROOT", "/elsewhere")
     code = "import os, pipeline; print(os.environ.get('DVC_ROOT'), os.environ['HF_HUB_OFFLINE'], pipeline.__file__)"

@@ -101,8 +101,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({PLAIN: 4.0, LAST: 3.0, BF16: 2.0, BF16_LAST: 1.0}, 0.0, BF16_LAST),
         ({PLAIN: 3.0, LAST: 2.0, BF16: 5.0, BF16_LAST: 4.0}, 0.0, LAST),  # bf16 is not assumed to be faster
         ({PLAIN: 3.0, LAST: 2.99, BF16: 3.0, BF16_LAST: 2.98}, 0.0, PLAIN),  # nor is what cannot be told apart
-        ({PLAIN: 30.0, LAST: 20.0, BF16: 50.0, BF16_LAST: 40.0, COMPILED: 5.0}, 30.0, COMPILED),
-        ({PLAIN: 30.0, LAST: 20.0, BF16: 50.0, BF16_LAST: 40.0, COMPILED: 5.0}, 70.0, LAST),  # 4 steps do not pay it
+        ({PLAIN: 900.0, LAST: 600.0, BF16: 1500.0, BF16_LAST: 1200.0, COMPILED: 150.0}, 900.0, COMPILED),
+        ({PLAIN: 900.0, LAST: 600.0, BF16: 1500.0, BF16_LAST: 1200.0, COMPILED: 150.0}, 2100.0, LAST),  # too dear for 4
     ],
 )
 def test_the_fastest_way_is_chosen(
