@@ -10,11 +10,11 @@
     fashion_93    0.93 on 6,000 of 60,000 of them
 
 All start from the same weights of tf_efficientnet_lite0, see the same pictures and validate after each epoch. The time
-is that of the first epoch's end at which the accuracy is reached, validation included, and ends a side's turn; whoever
-does not reach it in the epochs given in two rounds is said to be missing and not tried again. The others are the plain
-PyTorch loop or, with --peers, Hugging Face's Trainer, timm's loop and fastai. A round without --peers takes on two
-cores about 3 minutes for photographs (the default case), 4 for fashion_90 and 20 for fashion_93, of which one round
-(--pairs 1) may have to do; --add then puts its rows beside those of the other cases.
+is that of the first epoch's end at which the accuracy is reached, validation included; a side's turn ends there.
+Whoever does not reach it in the epochs given in two rounds is said to be missing and not tried again. The others are
+the plain PyTorch loop or, with --peers, Hugging Face's Trainer, timm's loop and fastai. A round without --peers takes
+on two cores 3 to 7 minutes for photographs (the default case), 4 to 16 for fashion_90, and 20 and more for fashion_93,
+of which one round (--pairs 1) may have to do; --add then puts its rows beside those of the other cases.
 """
 
 import argparse
@@ -51,7 +51,7 @@ class Case:
     crops: bool = True
 
 
-_FLIPS = {"train.phases.finetune.lr": 1e-3, "train.transforms": {"horizontal_flip": {"p": 0.5}}}
+_FASHION = {"train.phases.finetune.lr": 1e-3, "train.transforms": {"horizontal_flip": {"p": 0.5}}}
 CASES = {
     "photographs": Case(
         accuracy=0.94,
@@ -72,7 +72,7 @@ CASES = {
         accuracy=0.90,
         px=64,
         settings={"data.name": "fashion_mnist", "augment.px": 64, "augment.train_size": 12000},
-        training=_FLIPS,
+        training=_FASHION,
         frozen=False,
         lr=1e-3,
         epochs=6,
@@ -82,7 +82,7 @@ CASES = {
         accuracy=0.93,
         px=64,
         settings={"data.name": "fashion_mnist", "augment.px": 64, "augment.train_size": "all"},
-        training=_FLIPS,
+        training=_FASHION,
         frozen=False,
         lr=1e-3,
         epochs=4,

@@ -28,8 +28,8 @@ KEPT = ROOT / "data/cache/bench"
 PYTHON = sys.executable
 BF16_FROM_PX = 128
 """Smaller pictures are trained faster in fp32 on the processors that were tried."""
-EPOCH_LINE = re.compile(r"\S+ \d+/\d+: train loss .*; val loss \S+, top-1 (?P<top1>[\d.]+);")
-"""What the train stage prints after an epoch."""
+EPOCH_LINE = re.compile(r"\S+ \d+/\d+: train loss .*; val loss \S+, top-1 ([\d.]+);")
+"""What the train stage prints after an epoch, with its validation top-1."""
 DRAWN_SIDES = (500, 375)
 """Width and height of a drawn picture: those of most photographs of data sets from the web."""
 
@@ -126,19 +126,19 @@ class Project:
         """
         self.begin_anew(settings)
 
-        def enough(line: str) -> bool:
-            found = EPOCH_LINE.match(line)
-            return found is not None and float(found["top1"]) >= stop_at
-
-        done = self.stage("train", environment=environment, enough=enough)
+        done = self.stage("train", environment=environment, enough=lambda line: (_top1(line) or 0.0) >= stop_at)
         (began, *_) = [at for at, line in done.lines if line.split()[:2] == ["phase", "epochs"]]
-        epochs = [(at - began, found) for at, line in done.lines if (found := EPOCH_LINE.match(line))]
-        assert epochs, done.lines
+        epochs = [(at - began, top1) for at, line in done.lines if (top1 := _top1(line)) is not None]
+        ends, accuracies = [end for end, _ in epochs], [top1 for _, top1 in epochs]
+        if max(accuracies, default=0.0) < stop_at:  # whole, so it has written its curves
+            with (self.folder / paths.CURVES).open(encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file))
+            assert len(ends) == len(rows), (self.config.model.name, done.lines)
         return Training(
             stage=done.seconds,
-            phases=epochs[-1][0],
-            ends=[at for at, _ in epochs],
-            accuracies=[float(found["top1"]) for _, found in epochs],
+            phases=ends[-1],
+            ends=ends,
+            accuracies=accuracies,
             output=[line for _, line in done.lines],
         )
 
@@ -195,6 +195,11 @@ class Project:
         with (self.folder / paths.prepared(self.config.data.name) / "manifest.csv").open(encoding="utf-8") as file:
             splits = [row["split"] for row in csv.DictReader(file)]
         return {split: splits.count(split) for split in ("train", "val", "test")}
+
+
+def _top1(line: str) -> float | None:
+    found = EPOCH_LINE.match(line)
+    return float(found[1]) if found else None
 
 
 def chosen(asked: Namespace) -> dict[str, Any]:

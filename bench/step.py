@@ -155,12 +155,12 @@ CASES = (
 def main() -> None:
     """Measures every case."""
     made = parser(__doc__)
-    made.add_argument("--net", nargs="+", choices=[case.net for case in CASES])
+    made.add_argument("--net", nargs="+", choices=[case.net for case in CASES], default=[])
     asked = made.parse_args()
     machine.keep_memory()  # as the train stage does
     bench = Bench("step", asked)
-    nets_asked = asked.net or ([CASES[0].net] if asked.quick else [case.net for case in CASES])
-    for case in [case for case in CASES if case.net in nets_asked]:
+    cases = [case for case in CASES if case.net in asked.net] or (CASES[:1] if asked.quick else CASES)
+    for case in cases:
         batches = _drawn(case._replace(steps=4) if asked.quick else case)
         sides = {
             side.__name__: lambda side=side, case=case, batches=batches: _seconds(side, case, batches)

@@ -254,7 +254,7 @@ def write_whole(path: Path, net: torch.nn.Module, target: Path) -> None:
     for name, value in net.state_dict().items():
         for prefix in prefixes:
             state.setdefault(f"{prefix}{name}", value)
-    torch.save(checkpoint, target)
+    Straight().save_checkpoint(checkpoint, target)
 
 
 def _put_in_place(beside: Path, *, best: bool) -> None:

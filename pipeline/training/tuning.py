@@ -42,7 +42,7 @@ LONGEST_S = 10.0
 BATCHES = 4
 """Real batches that the steps go through in turn."""
 COMPILED_AFTER_S = 1800.0
-"""Seconds of plain training below which compiling is not tried: two minutes of it on two cores, for a few per cent."""
+"""Seconds of plain training below which compiling is not tried: it takes minutes, and may gain a few per cent."""
 WORTH = 0.97
 """A way must take less than this share of the time of the one before it, or the difference may be noise."""
 NO_WAIT = 0.03
