@@ -66,7 +66,8 @@ def write(results: Path, *, page: Path, images: Path) -> list[str]:
 
 def _section(name: str, heading: str, result: dict[str, Any], images: Path) -> str:
     machine = result["machine"]
-    on = f"{machine['processor']}, {machine['usable_cores']} cores, threads: {machine['threads']}"
+    bf16 = "computes bfloat16" if machine["bf16"] else "without bfloat16"
+    on = f"{machine['processor']} ({bf16}), {machine['usable_cores']} cores, threads: {machine['threads']}"
     gpu = f", {machine['gpu']}" if "gpu" in machine else ""
     lines = [
         f"### {heading}",
@@ -83,9 +84,8 @@ def _section(name: str, heading: str, result: dict[str, Any], images: Path) -> s
     if result.get("series"):
         picture = _series(result["series"], images / f"performance-{name}-curves.png")
         lines += [f"![{heading}: curves of Thaw and the plain PyTorch loop](images/{picture.name})", ""]
-    lines += [f"Not measured: {what}." for what in result["missing"]]
-    if result["missing"]:
-        lines.append("")
+    for what in result["missing"]:
+        lines += [f"Not measured: {what}.", ""]
     return "\n".join(lines)
 
 
