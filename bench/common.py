@@ -266,28 +266,27 @@ class Bench:
     name: str
     asked: argparse.Namespace
     comparisons: list[Comparison] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
+    missing: list[dict[str, str]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     series: dict[str, Any] = field(default_factory=dict)
     """What is drawn and not compared."""
     facts: dict[str, Any] = field(default_factory=machine)
 
-    def lacks(self, what: str) -> None:
-        """Notes, and says, what could not be measured."""
-        self.missing.append(what)
-        print(f"not measured: {what}", flush=True)
+    def lacks(self, what: str, why: str) -> None:
+        """Notes, and says, what could not be measured; `what` stands in the names of the comparisons that it means."""
+        self.missing.append({"what": what, "why": why})
+        print(f"not measured: {what}: {why}", flush=True)
 
     def write(self) -> None:
         """Prints the table, and writes the JSON file where one was named or the bench was run whole."""
+        command = shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *_without_folders(sys.argv[1:])])
         found = {
             "bench": self.name,
-            "command": shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *_without_folders(sys.argv[1:])]),
             "quick": self.asked.quick,
-            "machine": self.facts,
-            "settings": self.settings,
-            "comparisons": [comparison.facts() for comparison in self.comparisons],
+            "runs": [{"command": command, "commit": _commit(), "machine": self.facts, "settings": self.settings}],
+            "comparisons": [{**comparison.facts(), "run": 0} for comparison in self.comparisons],
             "missing": self.missing,
-            "series": self.series,
+            "series": {name: {**curve, "run": 0} for name, curve in self.series.items()},
         }
         path = self.asked.json or (None if self.asked.quick else RESULTS / f"{self.name}.json")
         if path is not None and self.asked.add and path.exists():
@@ -303,21 +302,44 @@ def together(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any
     """Results of a bench that was run in parts: those before, but for what has been measured again now.
 
     Raises:
-        SystemExit: they are of different machines or of another bench, and do not belong together.
+        SystemExit: they are of another bench, and do not belong together.
     """
-    same = ("processor", "usable_cores", "bf16", "memory_gib", "threads", "torch")
-    if before["bench"] != now["bench"] or any(before["machine"][name] != now["machine"][name] for name in same):
-        refuse("--add: the results file is of another bench, machine or torch; measure all of it anew")
+    if before["bench"] != now["bench"]:
+        refuse(f"--add: the results file is of {before['bench']}, not of {now['bench']}")
     names = {comparison["name"] for comparison in now["comparisons"]}
+    subjects = {lack["what"] for lack in now["missing"]}
+    kept = [c for c in before["comparisons"] if c["name"] not in names]
+    curves = {name: curve for name, curve in before["series"].items() if name not in now["series"]}
+    still = [
+        lack
+        for lack in before["missing"]
+        if lack["what"] not in subjects and not any(lack["what"] in name for name in names)
+    ]
+    used = sorted({part["run"] for part in (*kept, *curves.values())})
+
+    def moved(parts: Mapping[str, Any], places: Callable[[int], int]) -> dict[str, Any]:
+        return {**parts, "run": places(parts["run"])}
+
     return {
         **now,
-        "command": "; ".join(dict.fromkeys([*before["command"].split("; "), now["command"]])),
         "quick": before["quick"] or now["quick"],
-        "settings": {**before["settings"], **now["settings"]},
-        "comparisons": [c for c in before["comparisons"] if c["name"] not in names] + now["comparisons"],
-        "missing": list(dict.fromkeys([*before["missing"], *now["missing"]])),
-        "series": {**before["series"], **now["series"]},
+        "runs": [*(before["runs"][run] for run in used), *now["runs"]],
+        "comparisons": [
+            *(moved(c, used.index) for c in kept),
+            *(moved(c, lambda run: run + len(used)) for c in now["comparisons"]),
+        ],
+        "missing": [*still, *now["missing"]],
+        "series": {
+            **{name: moved(curve, used.index) for name, curve in curves.items()},
+            **{name: moved(curve, lambda run: run + len(used)) for name, curve in now["series"].items()},
+        },
     }
+
+
+def _commit() -> str:
+    """What was measured, as git names it; empty outside a repository."""
+    words = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _without_folders(words: Sequence[str]) -> list[str]:
@@ -325,8 +347,13 @@ def _without_folders(words: Sequence[str]) -> list[str]:
     return ["FOLDER" if "/" in word and Path(word).is_absolute() else word for word in words]
 
 
+def letter(run: int) -> str:
+    """What a run of a bench is called where a results file has several."""
+    return "abcdefghijklmnopqrstuvwxyz"[run]
+
+
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table of every comparison in some results files."""
+    """A Markdown table of every comparison in some results files; of several runs, each row says of which it is."""
     lines = [
         "| comparison | ratio | median | range | 95% interval | rounds | target | |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
@@ -334,7 +361,9 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     for result in results:
         for c in result["comparisons"]:
             cells = [
-                c["name"] + (f". {c['notes']}" if c["notes"] else ""),
+                c["name"]
+                + (f" ({letter(c['run'])})" if len(result["runs"]) > 1 else "")
+                + (f". {c['notes']}" if c["notes"] else ""),
                 c["ratio_of"],
                 f"{c['median']:.3g}",
                 f"{c['min']:.3g} to {c['max']:.3g}",

@@ -6,27 +6,43 @@ The head of tf_efficientnet_lite0 is trained at 224 px on a folder of photograph
 one phase with strength 0, so that every epoch sees the same pictures.
 
     forward   5 and 50 frozen epochs of Thaw against one bare pass over the same packed pictures: a plain one (fp32,
-              default memory format), and one in Thaw's own precision and memory format: a cost, at most 1.3
-    plain     5 epochs of the plain PyTorch loop (peers/plain.py) or, with --peers, of fastai's fit_one_cycle
-              (peers/fastai_learner.py): their time by Thaw's, at least 8, at an accuracy within Thaw's 95% interval
+              default memory format), and one in Thaw's own precision and memory format that keeps freed memory as Thaw
+              does: a cost, at most 1.3
+    plain     5 epochs of the plain PyTorch loop (peers/plain.py), as in its tutorial and with its batch norms frozen as
+              well, or, with --peers, of fastai's fit_one_cycle (peers/fastai_learner.py): their time by Thaw's, at
+              least 8, at an accuracy within Thaw's 95% interval or below it
     layers    three epochs of last:2 without the cache, by the time with it: at least 1.8
 
 Thaw is run as a user runs it, as the train stage in a process of its own. Its time is that of its phases, from the
 moment that the net stands, the filling of the cache included; the whole stages, with imports and tracking, are compared
-beside. Every run begins without a cache. On two cores: forward and layers together 9 minutes, plain 11, or fastai 10.
+beside. Every run begins without a cache. On two cores: forward and layers together 9 minutes, plain 20, or fastai 10.
 """
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import PEERS_PYTHON, Bench, Comparison, Target, has_bf16, parser, peers_missing, ratios, rounds, worker
+from common import (
+    PEERS_PYTHON,
+    Bench,
+    Comparison,
+    Target,
+    has_bf16,
+    parser,
+    peers_missing,
+    ratios,
+    refuse,
+    rounds,
+    worker,
+)
 from project import PYTHON, Project, Training, chosen, pictures_or_drawn
 
 NET = "tf_efficientnet_lite0"
 PARTS = ("forward", "plain", "layers")
 PLAIN, FASTAI = "the plain PyTorch loop", "fastai's fit_one_cycle"
+FROZEN_BN = "the plain PyTorch loop with its batch norms frozen"
 FEW, MANY, LAYERED = 5, 50, 3
 """Epochs."""
 BATCH, LR, WORKERS = 32, 3e-3, 2
@@ -46,7 +62,7 @@ def main() -> None:
     bench.settings = {"net": NET, "px": px, "batch": BATCH, "pictures": project.sizes, "photographs": real}
     side = _Sides(project, asked, px=px)
     if not side.caches:
-        bench.lacks("the cache of frozen layers: this tree has no train.cache, so frozen layers are computed again")
+        bench.lacks("cache", "this tree has no train.cache, so frozen layers are computed again")
     for part, measure in (("forward", _forward), ("plain", _plain), ("layers", _layers)):
         if part in asked.part:
             measure(bench, side, asked)
@@ -91,10 +107,11 @@ class _Sides:
             "batch": 64,
             "channels_last": not plain,
             "bf16": self.bf16 and not plain,
+            "keep_memory": not plain,
         }
         return float(worker("bare.py", spec).told["train"])
 
-    def peer(self, file: str, python: Path | str, *, epochs: int) -> dict[str, Any]:
+    def peer(self, file: str, python: Path | str, *, epochs: int, frozen_bn: bool) -> dict[str, Any]:
         """Another side's figures: `train` and `whole` seconds, and `test` accuracy."""
         spec = {
             "folder": str(self.project.shared()),
@@ -106,6 +123,7 @@ class _Sides:
             "lr": LR,
             "workers": WORKERS,
             "frozen": True,
+            "frozen_bn": frozen_bn,
             "judge": True,
         }
         done = worker(file, spec, python=python)
@@ -138,8 +156,8 @@ def _forward(bench: Bench, side: _Sides, asked: argparse.Namespace) -> None:
 def _plain(bench: Bench, side: _Sides, asked: argparse.Namespace) -> None:
     count = 2 if asked.quick else FEW
     turns: dict[str, Callable[[], Any]] = {"Thaw": lambda: side.thaw(epochs=count, judge=True)}
-    for name, (file, python) in _others(bench, peers=asked.peers).items():
-        turns[name] = lambda file=file, python=python: side.peer(file, python, epochs=count)
+    for name, (file, python) in _others(peers=asked.peers).items():
+        turns[name] = partial(side.peer, file, python, epochs=count, frozen_bn=name == FROZEN_BN)
     found = rounds(turns, number=asked.pairs)
     thaw = found.pop("Thaw")
     for name, runs in found.items():
@@ -166,12 +184,11 @@ def _plain(bench: Bench, side: _Sides, asked: argparse.Namespace) -> None:
             )
 
 
-def _others(bench: Bench, *, peers: bool) -> dict[str, tuple[str, Path | str]]:
+def _others(*, peers: bool) -> dict[str, tuple[str, Path | str]]:
     if not peers:
-        return {PLAIN: ("plain.py", PYTHON)}
+        return {PLAIN: ("plain.py", PYTHON), FROZEN_BN: ("plain.py", PYTHON)}
     if why := peers_missing("fastai"):
-        bench.lacks(f"{FASTAI}: {why}")
-        return {}
+        refuse(f"{FASTAI}: {why}")
     return {FASTAI: ("fastai_learner.py", PEERS_PYTHON)}
 
 

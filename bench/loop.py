@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import PEERS_PYTHON, Bench, Comparison, Target, later, parser, peers_missing, ratios, rounds, worker
+from common import PEERS_PYTHON, Bench, Comparison, Target, later, parser, peers_missing, ratios, refuse, rounds, worker
 from project import PYTHON, Project, chosen, pictures_or_drawn
 
 NET = "tf_efficientnet_lite0"
@@ -97,9 +97,11 @@ def others(bench: Bench, *, peers: bool) -> dict[str, tuple[str, Path | str]]:
     found: dict[str, tuple[str, Path | str]] = {}
     for name, (file, module) in PEERS.items():
         if why := peers_missing(module):
-            bench.lacks(f"{name}: {why}")
+            bench.lacks(name, why)
         else:
             found[name] = (file, PEERS_PYTHON)
+    if not found:
+        refuse("none of the peers can be run; `make bench-peers` makes their environment")
     return found
 
 

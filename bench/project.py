@@ -46,6 +46,8 @@ class Training:
     """Of each epoch's line, counted as `phases` is."""
     accuracies: list[float]
     """Validation top-1 after each epoch."""
+    waits: list[float]
+    """Share of each epoch that was spent waiting for data, as the run's curves say; none where it was told to stop."""
     output: list[str]
 
     @property
@@ -130,15 +132,18 @@ class Project:
         (began, *_) = [at for at, line in done.lines if line.split()[:2] == ["phase", "epochs"]]
         epochs = [(at - began, top1) for at, line in done.lines if (top1 := _top1(line)) is not None]
         ends, accuracies = [end for end, _ in epochs], [top1 for _, top1 in epochs]
+        waits: list[float] = []
         if max(accuracies, default=0.0) < stop_at:  # whole, so it has written its curves
             with (self.folder / paths.CURVES).open(encoding="utf-8", newline="") as file:
                 rows = list(csv.DictReader(file))
             assert len(ends) == len(rows), (self.config.model.name, done.lines)
+            waits = [float(row["data_wait"]) for row in rows]
         return Training(
             stage=done.seconds,
             phases=ends[-1],
             ends=ends,
             accuracies=accuracies,
+            waits=waits,
             output=[line for _, line in done.lines],
         )
 

@@ -5,6 +5,7 @@
 What has no results file is said to be missing there.
 """
 
+import argparse
 import json
 from pathlib import Path
 from textwrap import fill
@@ -13,7 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from common import RESULTS, ROOT, table
+from common import RESULTS, ROOT, letter, table
 
 PAGE = ROOT / "docs/performance.md"
 IMAGES = ROOT / "docs/images"
@@ -42,6 +43,7 @@ OURS, NEUTRAL, MISSED, AIM = "#1f77b4", "#7f7f7f", "#d62728", "#2ca02c"
 
 def main() -> None:
     """Draws the pictures and writes the page."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print("\n".join(write(RESULTS, page=PAGE, images=IMAGES)))
 
 
@@ -65,16 +67,11 @@ def write(results: Path, *, page: Path, images: Path) -> list[str]:
 
 
 def _section(name: str, heading: str, result: dict[str, Any], images: Path) -> str:
-    machine = result["machine"]
-    bf16 = "computes bfloat16" if machine["bf16"] else "without bfloat16"
-    on = f"{machine['processor']} ({bf16}), {machine['usable_cores']} cores, threads: {machine['threads']}"
-    gpu = f", {machine['gpu']}" if "gpu" in machine else ""
-    lines = [
-        f"### {heading}",
-        "",
-        f"`{result['command']}` on {on}{gpu}; torch {machine['torch']}, {machine['date']}.",
-        "",
-    ]
+    runs = result["runs"]
+    lines = [f"### {heading}", ""]
+    for number, one in enumerate(runs):
+        mark = f"{letter(number)}: " if len(runs) > 1 else ""
+        lines += [f"{mark}`{one['command']}` on {_where(one['machine'])}.", ""]
     if result["quick"]:
         lines += ["A smoke test (`--quick`): these figures mean nothing.", ""]
     if result["comparisons"]:
@@ -85,8 +82,16 @@ def _section(name: str, heading: str, result: dict[str, Any], images: Path) -> s
         picture = _series(result["series"], images / f"performance-{name}-curves.png")
         lines += [f"![{heading}: curves of Thaw and the plain PyTorch loop](images/{picture.name})", ""]
     for what in result["missing"]:
-        lines += [f"Not measured: {what}.", ""]
+        lines += [f"Not measured: {what['what']}: {what['why']}.", ""]
     return "\n".join(lines)
+
+
+def _where(machine: dict[str, Any]) -> str:
+    """A machine, and when, in a few words."""
+    bf16 = "computes bfloat16" if machine["bf16"] else "without bfloat16"
+    gpu = f", {machine['gpu']}" if "gpu" in machine else ""
+    cores = f"{machine['usable_cores']} cores, threads: {machine['threads']}{gpu}"
+    return f"{machine['processor']} ({bf16}), {cores}; torch {machine['torch']}, {machine['date']}"
 
 
 def _ratios(comparisons: list[dict[str, Any]], path: Path) -> Path:

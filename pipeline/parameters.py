@@ -320,6 +320,16 @@ class Config(Params):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _trial_fits(self) -> "Config":
+        if self.train.auto_tune and (self.train.devices != 1 or self.train.num_nodes != 1):
+            raise ValueAtError(
+                "tries one process; use it with train.devices 1 and train.num_nodes 1, or set what it found by hand",
+                "train",
+                "auto_tune",
+            )
+        return self
+
     @property
     def px(self) -> int:
         """Side of the square that the net sees, in pixels."""

@@ -60,7 +60,7 @@ def main() -> None:
     train = datasets.ImageFolder(str(Path(asked.folder) / "train"), random_transform(net, asked))
     val = datasets.ImageFolder(str(Path(asked.folder) / "val"), plain_transform(net, asked))
     if asked.frozen:
-        freeze(net)
+        net = freeze(net, batch_norms=asked.frozen_bn)
     with TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,

@@ -2,7 +2,8 @@
 
 ImageFolder, RandomResizedCrop and RandomHorizontalFlip, a DataLoader with worker processes, an optimiser and
 StepLR(7, 0.1), train() and eval() passes with their running loss and accuracy, fp32 in the default memory format. The
-frozen net's parameters have requires_grad=False, and its batch norms follow the pictures, as there. What differs: the
+frozen net's parameters have requires_grad=False, and its batch norms follow the pictures, as there, unless the spec
+says that they are frozen, too. What differs: the
 net, with its own mean and standard deviation, the batch (the tutorial's is 4) and the learning rate are those of the
 comparison; and Adam stands in place of SGD, so that a head learns in as few epochs as elsewhere.
 """
@@ -30,7 +31,7 @@ def main() -> None:
         for split, found in pictures.items()
     }
     if asked.frozen:
-        freeze(net)
+        net = freeze(net, batch_norms=asked.frozen_bn)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     net.to(device)
     criterion = nn.CrossEntropyLoss()

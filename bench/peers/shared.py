@@ -8,8 +8,10 @@ A worker is started with its spec as JSON on the command line:
     px, batch, epochs, workers
     lr        peak learning rate
     frozen    whether the head alone learns
+    frozen_bn whether its batch norms then stay as they were pretrained
     judge     whether the test pictures are judged at the end, outside the time
-    crops     false for pictures that stand in their middle: they are flipped and not cropped
+    crops     smallest and largest share of a picture that is cropped at random; none for pictures that stand in their
+              middle: they are flipped and not cropped
     stop_at   validation accuracy after which training ends
 
 and prints an EPOCH line after each epoch's validation, END when it has trained, and a RESULT line with its figures.
@@ -30,7 +32,9 @@ from torchvision import transforms as T
 
 def spec() -> SimpleNamespace:
     """What this worker has to do."""
-    return SimpleNamespace(**{"crops": True, "stop_at": None, "fast": False, **json.loads(sys.argv[1])})
+    return SimpleNamespace(
+        **{"crops": (0.08, 1.0), "frozen_bn": False, "stop_at": None, "fast": False, **json.loads(sys.argv[1])}
+    )
 
 
 def build(name: str, *, num_classes: int, weights: str, in_chans: int = 3) -> Any:
@@ -66,12 +70,17 @@ def load(net: nn.Module, weights: str) -> None:
         raise ValueError(f"{weights} has no {sorted(left - head)[:3]}")
 
 
-def freeze(net: Any) -> None:
-    """The head alone learns, the way the PyTorch tutorial does it: by requires_grad."""
+def freeze(net: Any, *, batch_norms: bool) -> Any:
+    """The net whose head alone learns, as in the PyTorch tutorial: by requires_grad; batch norms, too, as timm does."""
     for parameter in net.parameters():
         parameter.requires_grad = False
     for parameter in net.get_classifier().parameters():
         parameter.requires_grad = True
+    if not batch_norms:
+        return net
+    from timm.utils import freeze_batch_norm_2d
+
+    return freeze_batch_norm_2d(net)
 
 
 def num_classes(folder: str) -> int:
@@ -87,7 +96,7 @@ def normalization(net: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def random_transform(net: Any, asked: SimpleNamespace) -> T.Compose:
     """torchvision's usual augmentation."""
-    size = T.RandomResizedCrop(asked.px) if asked.crops else T.Resize(asked.px)
+    size = T.RandomResizedCrop(asked.px, scale=asked.crops) if asked.crops else T.Resize(asked.px)
     return T.Compose([size, T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(*normalization(net))])
 
 

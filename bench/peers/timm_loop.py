@@ -1,10 +1,10 @@
 """timm's own way of training, written from the documented settings of its train.py.
 
-create_dataset and create_loader with train.py's defaults (random scale 0.08 to 1, flip, colour jitter 0.4, random
-interpolation), label smoothing 0.1, create_optimizer_v2 and create_scheduler_v2 (cosine), validation after each epoch.
-fp32 in the default memory format, as train.py is without --amp and --channels-last; a spec with `fast` asks for these
-two (in bf16) and for --torchcompile. What differs from train.py's defaults: AdamW in place of SGD, no warm-up, and the
-learning rate, batch, epochs and workers of the comparison.
+create_dataset and create_loader with train.py's defaults (random scale 0.08 to 1 if the spec says nothing else, flip,
+colour jitter 0.4, random interpolation), label smoothing 0.1, create_optimizer_v2 and create_scheduler_v2 (cosine),
+validation after each epoch. fp32 in the default memory format, as train.py is without --amp and --channels-last; a spec
+with `fast` asks for these two (in bf16) and for --torchcompile. What differs from train.py's defaults: AdamW in place
+of SGD, no warm-up, and the learning rate, batch, epochs and workers of the comparison.
 """
 
 from contextlib import nullcontext
@@ -40,14 +40,15 @@ def main() -> None:
         "device": device,
     }
     whole: dict[str, Any] = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
-    random = {"color_jitter": 0.4, "interpolation": "random", **({} if asked.crops else whole)}
+    crops = {"scale": asked.crops} if asked.crops else whole
+    random: dict[str, Any] = {"color_jitter": 0.4, "interpolation": "random", **crops}
     train_loader = create_loader(train, is_training=True, **random, **common)
     kept = 0.875 if asked.crops else 1.0
     val_loader = create_loader(val, is_training=False, interpolation="bilinear", crop_pct=kept, **common)
     if asked.fast:
         net.to(memory_format=torch.channels_last)
     if asked.frozen:
-        freeze(net)
+        net = freeze(net, batch_norms=asked.frozen_bn)
     run: Any = torch.compile(net) if asked.fast else net
     autocast = torch.autocast(device.type, torch.bfloat16) if asked.fast else nullcontext()
     optimizer = create_optimizer_v2(net, opt="adamw", lr=asked.lr, weight_decay=0.05)

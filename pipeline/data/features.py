@@ -1,8 +1,9 @@
 """What a net's frozen layers give for each picture, kept on disk: computed once, by whichever run asks first.
 
 A cache is a folder of `paths.features()` that is named by the hash of all that its numbers follow from. It holds a
-file of plain numbers for each tensor, a row a picture, and `done`, a byte a row that says whether the row is there.
-Files are as long as all rows would need, but take the disk's space only for those that are there.
+file of plain numbers for each tensor, a row a picture, and `sums`, a checksum (XXH3) of each row that is there. Files
+are as long as all rows would need, but take the disk's space only for those that are there. A row whose numbers are not
+those that were noted, whatever befell them, is made again.
 """
 
 import hashlib
@@ -22,13 +23,14 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import Dataset
+from xxhash import xxh3_64
 
 from pipeline.errors import UserError
 from pipeline.files import fresh_file
 
-DONE, FACTS = "done", "facts.json"
+SUMS, FACTS = "sums", "facts.json"
 NOTED_S = 20.0
-"""Seconds of work between two notes of what is done: what a kill costs at most."""
+"""Seconds of work between two notes of what is there: what a kill costs at most."""
 
 CachedBatch = tuple[tuple[Tensor, ...], Tensor]
 """The tensors that cross the cut, float32 [B, ...], and labels int64 [B]."""
@@ -96,14 +98,21 @@ class FeatureCache:
             make: gives the tensors of rows, some rows at a time.
             limit: bytes of all caches together, which `wanted` alone does not exceed.
         """
-        self._base.mkdir(parents=True, exist_ok=True)
+        try:
+            self._base.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{self._base} must be a folder: something else is in its place; remove it") from None
         with FileLock(self._lock(self.folder)):
-            done = self._done()
-            missing = wanted[done[wanted] == 0]
+            sums = self._sums()
+            missing = wanted[self._absent(wanted, sums)]
+            kept = np.union1d(np.flatnonzero(sums), wanted)
+            if sums.any() and len(kept) * self.row_bytes > limit:  # with rows that others wanted
+                shutil.rmtree(self.folder)
+                sums[:], missing, kept = 0, wanted, wanted
+            _make_room(self._base, limit - len(kept) * self.row_bytes, keep=self.folder)
             if len(missing):
-                _make_room(self._base, limit - len(wanted) * self.row_bytes, keep=self.folder)
                 _check_disk(self._base, len(missing) * self.row_bytes)
-                self._fill(missing, make, done)
+                self._fill(missing, make, sums)
             os.utime(self.folder / FACTS)
             self._files = self._mapped(shared=False)  # now, while nobody takes it away
         return len(missing)
@@ -122,7 +131,7 @@ class FeatureCache:
         self,
         missing: np.ndarray,
         make: Callable[[np.ndarray], Iterable[tuple[np.ndarray, Sequence[Tensor]]]],
-        done: np.ndarray,
+        sums: np.ndarray,
     ) -> None:
         self.folder.mkdir(exist_ok=True)
         files = self._mapped(shared=True)
@@ -130,32 +139,39 @@ class FeatureCache:
         for rows, tensors in make(missing):
             for file, tensor in zip(files, tensors, strict=True):
                 file[torch.from_numpy(rows)] = self._flat(tensor).to("cpu", self._dtype)
-            done[rows] = 1
+            sums[rows] = _summed(files, rows)
             if time.monotonic() - noted > NOTED_S:
-                self._note(done)
+                self._note(sums)
                 noted = time.monotonic()
-        self._note(done)
+        self._note(sums)
 
-    def _note(self, done: np.ndarray) -> None:
-        """The numbers first: a row that is said to be done must be there after a power cut, too."""
+    def _note(self, sums: np.ndarray) -> None:
+        """The numbers first: a row that is said to be there should be so after a power cut, too."""
         for number in range(len(self._shapes)):
             with self._path(number).open("rb") as file:
                 os.fsync(file.fileno())
         with fresh_file(self.folder / FACTS) as path:
             path.write_text(json.dumps(self._facts, indent=2, sort_keys=True), encoding="utf-8")
-        with fresh_file(self.folder / DONE) as path:
-            done.tofile(path)
+        with fresh_file(self.folder / SUMS) as path:
+            sums.tofile(path)
 
-    def _done(self) -> np.ndarray:
-        """A number a row: 1 where it is there. None is where a file has gone: a new one would be full of zeros."""
-        sizes = [self._rows * prod(shape) * self._dtype.itemsize for shape in self._shapes]
-        files = [self._path(number) for number in range(len(sizes))]
-        if all(file.exists() and file.stat().st_size == size for file, size in zip(files, sizes, strict=True)):
-            try:
-                return np.fromfile(self.folder / DONE, dtype=np.uint8)
-            except FileNotFoundError:
-                pass
-        return np.zeros(self._rows, dtype=np.uint8)
+    def _sums(self) -> np.ndarray:
+        """The checksum of each row, uint64; 0 where it is not there, as none is where a file is not whole."""
+        sizes = {SUMS: self._rows * np.dtype(np.uint64).itemsize}
+        for number, shape in enumerate(self._shapes):
+            sizes[self._path(number).name] = self._rows * prod(shape) * self._dtype.itemsize
+        files = {self.folder / name: size for name, size in sizes.items()}
+        if (self.folder / FACTS).exists() and all(f.exists() and f.stat().st_size == size for f, size in files.items()):
+            return np.fromfile(self.folder / SUMS, dtype=np.uint64)
+        return np.zeros(self._rows, dtype=np.uint64)
+
+    def _absent(self, rows: np.ndarray, sums: np.ndarray) -> np.ndarray:
+        """Of each row, whether its numbers are not there as they were noted."""
+        absent = sums[rows] == 0
+        noted = rows[~absent]
+        if len(noted):
+            absent[~absent] = _summed(self._mapped(shared=False), noted) != sums[noted]
+        return absent
 
     def _mapped(self, *, shared: bool) -> list[Tensor]:
         return [
@@ -198,6 +214,18 @@ class CachedPictures(Dataset[CachedBatch]):
         pairs = np.asarray(batch, dtype=np.int64)
         rows = (pairs[:, 0] % self._views) * len(self._labels) + pairs[:, 1]
         return self._cache.read(rows), torch.from_numpy(self._labels[pairs[:, 1]])
+
+
+def _summed(files: Sequence[Tensor], rows: np.ndarray) -> np.ndarray:
+    """A checksum of each of some rows, over all files, uint64 and never 0."""
+    plain = [file.view(torch.uint8).numpy() for file in files]
+    found = np.empty(len(rows), dtype=np.uint64)
+    for place, row in enumerate(rows):
+        digest = xxh3_64()
+        for file in plain:
+            digest.update(file[row])
+        found[place] = digest.intdigest() or 1
+    return found
 
 
 def _make_room(base: Path, limit: float, *, keep: Path) -> None:

@@ -26,7 +26,6 @@ def check_schedule(phases: Sequence[Phase], net: nn.Module, config: Config) -> N
     Raises:
         UserError: with the parameter that is to blame.
     """
-    tuning.check(config.train)
     for phase in phases:
         with blaming("model.name"):
             nets.check_px(net, phase.px, name=config.model.name)

@@ -24,7 +24,7 @@ from pipeline.data.datamodule import Pictures
 from pipeline.data.features import CachedPictures, FeatureCache
 from pipeline.data.store import Store
 from pipeline.parameters import TrainParams
-from pipeline.training import schedule
+from pipeline.training import normalize, schedule
 from pipeline.training.cut import CannotCutError, Cut
 from pipeline.training.cut import find as find_cut
 from pipeline.training.normalize import Normalize, resized
@@ -81,7 +81,7 @@ def plan(
     versions = phase.views if _augments(phase, params) else 1
     needed = numbers * DTYPES[params.cache].itemsize * pictures * versions / GB
     if needed > params.cache_gb:
-        return Plan(None, f"every step: {needed:.1f} GB are more than train.cache_gb")
+        return Plan(None, f"every step: {needed:.3g} GB are more than train.cache_gb")
     return Plan(cut, f"once, {numbers:,} numbers a picture")
 
 
@@ -220,13 +220,13 @@ class _Work:
             "precision": self._params.precision,
             "device": self._device.type,
             "versions": f"torch {torch.__version__}, timm {timm.__version__}",
-            "preparation": _preparation() if chosen else "none",
+            "preparation": _preparation(),
         }
 
 
 def _preparation() -> str:
-    """What a random version of a picture follows from, beside the parameters: our code, and that of others."""
-    ours = "".join(inspect.getsource(module) for module in (draws, pixels, transforms))
+    """What the pixels that the net sees follow from, beside the parameters: our code, and that of others."""
+    ours = "".join(inspect.getsource(module) for module in (draws, pixels, transforms, normalize))
     others = ", ".join(
         f"{name} {metadata.version(name)}" for name in ("albumentations", "numpy", "opencv-python-headless")
     )

@@ -5,7 +5,7 @@ The train stage is one job; cross-validation and tuning are several.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -138,6 +138,7 @@ def _lead(job: Job, net: nn.Module, card: ModelCard, phases: list[Phase], origin
         train = tuning.tuned(job.config, job.store, net, card, phases=phases, cached=cached, progress=progress)
         if progress.tuned:
             tracked.set_tags({f"auto_tune.{key}": str(value) for key, value in progress.tuned["choice"].items()})
+            tracked.log_params({f"train.{key}": value for key, value in progress.tuned["choice"].items()})
             job = replace(job, config=job.config.model_copy(update={"train": train}))
         outcomes = _train(job, net, card, phases, plans, progress, log=log, sync=tracked.sync)
         rows = results.write(
@@ -327,7 +328,8 @@ def _tracked(job: Job, card: ModelCard, progress: Progress) -> Iterator[tracking
         print(f"going on with run {run.name} ({run.id}) from its last checkpoint", flush=True)
     progress.begin(run.id)
     with tracking.ending(run):
-        run.log_params(flat(config))
+        awaited = {f"train.{choice.name}" for choice in fields(tuning.Choice)} if config.train.auto_tune else set()
+        run.log_params({key: value for key, value in flat(config).items() if key not in awaited})
         run.log_artifact(paths.PARAMS)
         if config.tracking.system_metrics:
             run.start_system_metrics()

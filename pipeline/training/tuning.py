@@ -26,7 +26,6 @@ from torch import nn
 from pipeline import machine, paths
 from pipeline.data.datamodule import Batch, PictureData
 from pipeline.data.store import Store
-from pipeline.errors import UserError
 from pipeline.files import fresh_file
 from pipeline.parameters import Config, ModelParams, TrainParams
 from pipeline.training import optim, schedule
@@ -92,17 +91,6 @@ class Pace(NamedTuple):
     step: float
 
 
-def check(params: TrainParams) -> None:
-    """Refuses what a trial in one process says nothing about.
-
-    Raises:
-        UserError: several processes are to train.
-    """
-    if params.auto_tune and (params.devices != 1 or params.num_nodes != 1):
-        message = "tries one process; use it with train.devices 1 and train.num_nodes 1, or set what it found by hand"
-        raise UserError(message, parameter="train.auto_tune")
-
-
 def tuned(
     config: Config,
     store: Store,
@@ -119,7 +107,8 @@ def tuned(
 
     Args:
         net: as training begins with it.
-        cached: phases whose frozen layers run once for each picture, which is as good as a single epoch.
+        cached: phases whose frozen layers run once for each picture. They count as a single epoch from the pictures
+            on, and are tried as one: the filling of their cache is what takes long in them.
     """
     params = config.train
     if not params.auto_tune:
@@ -239,12 +228,12 @@ def untouched_randomness() -> Iterator[None]:
 
 
 def known(key: str) -> tuple[Choice, list[Row]] | None:
-    """What an earlier training of the like found on this machine."""
-    path = _kept(key)
-    if not path.exists():
+    """What an earlier training of the like found on this machine; None where there is none that can be read."""
+    try:
+        found = json.loads(_kept(key).read_text(encoding="utf-8"))
+        return Choice(**found["choice"]), [Row(**row) for row in found["table"]]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return Choice(**found["choice"]), [Row(**row) for row in found["table"]]
 
 
 def keep(key: str, choice: Choice, rows: list[Row]) -> None:

@@ -30,8 +30,8 @@ def test_a_side_that_misses_it_again_and_again_is_not_tried_for_ever(accuracy: M
 
 def _compared(accuracy: ModuleType, found: dict[str, list[Any]]) -> Any:
     bench = SimpleNamespace(comparisons=[], missing=[])
-    bench.lacks = bench.missing.append
-    accuracy._compare(bench, "0.9 on drawings", found)
+    bench.lacks = lambda what, why: bench.missing.append(f"{what}: {why}")
+    accuracy._compare(bench, "time to 0.9", found)
     return bench
 
 
@@ -50,4 +50,4 @@ def test_there_is_no_ratio_where_thaw_is_late(accuracy: ModuleType) -> None:
     late, good = accuracy.Turn(9.0, 0.6, 2, reached=False), accuracy.Turn(4.0, 0.9, 1, reached=True)
     bench = _compared(accuracy, {"Thaw": [good, late], "A": [good, good]})
     assert bench.comparisons == []
-    assert bench.missing == ["time to 0.9 on drawings: Thaw did not reach it in 1 of 2 rounds (0.600 at best)"]
+    assert bench.missing == ["time to 0.9: Thaw did not reach it in 1 of 2 rounds (0.600 at best)"]

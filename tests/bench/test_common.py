@@ -96,14 +96,15 @@ def test_results_are_written_with_the_machine_and_what_is_missing(
     bench.comparisons.append(
         common.Comparison(name="x against y", ratio_of="y / x", ratios=[2.0, 4.0], target=common.Target(at_least=8))
     )
-    bench.lacks("fastai: not installed")
+    bench.lacks("fastai", "not installed")
     bench.write()
     found = json.loads((tmp_path / "results/frozen.json").read_text())
-    assert found["command"] == "python bench/frozen.py --pictures FOLDER --pairs 2"
-    assert found["missing"] == ["fastai: not installed"]
+    (run,) = found["runs"]
+    assert run["command"] == "python bench/frozen.py --pictures FOLDER --pairs 2"
+    assert found["missing"] == [{"what": "fastai", "why": "not installed"}]
     assert found["comparisons"][0]["ratios"] == [2.0, 4.0]
-    assert found["machine"]["usable_cores"] >= 1
-    assert {"processor", "threads", "torch", "date"} <= found["machine"].keys()
+    assert run["machine"]["usable_cores"] >= 1
+    assert {"processor", "threads", "torch", "date"} <= run["machine"].keys()
     told = capsys.readouterr().out
     assert "| x against y | y / x | 3 | 2 to 4 | 2 to 4 | 2 | >= 8 | **not met** |" in told
 
@@ -130,14 +131,31 @@ def test_parts_of_a_bench_are_put_together(common: Any, monkeypatch: pytest.Monk
 
     run("--px 64", add=False, small=1.0, large=2.0)
     found = run("--px 224 --add", add=True, large=3.0)
-    assert {c["name"]: c["median"] for c in found["comparisons"]} == {"small": 1.0, "large": 3.0}
-    assert found["command"] == "python bench/loop.py --px 64; python bench/loop.py --px 224 --add"
-    found["machine"]["processor"] = "another"
-    path.write_text(json.dumps(found))
+    assert {c["name"]: (c["median"], c["run"]) for c in found["comparisons"]} == {"small": (1.0, 0), "large": (3.0, 1)}
+    assert [run["command"] for run in found["runs"]] == [
+        "python bench/loop.py --px 64",
+        "python bench/loop.py --px 224 --add",
+    ]
+    found = run("--px 64 --add", add=True, small=4.0)  # the first run has nothing left in it
+    assert {c["name"]: (c["median"], c["run"]) for c in found["comparisons"]} == {"large": (3.0, 0), "small": (4.0, 1)}
+    assert [run["command"].split()[-2] for run in found["runs"]] == ["224", "64"]
+    path.write_text(json.dumps({**found, "bench": "frozen"}))
     with pytest.raises(SystemExit) as refused:
         run("--px 128 --add", add=True, middle=1.0)
     assert refused.value.code == 2
-    assert json.loads(path.read_text()) == found
+
+
+def test_what_was_missing_is_missing_until_it_is_measured(common: Any) -> None:
+    def result(*names: str, missing: str = "") -> dict[str, Any]:
+        lacks = [{"what": missing, "why": "late"}] if missing else []
+        rows = [{"name": name, "run": 0} for name in names]
+        return {"bench": "x", "quick": False, "runs": [{}], "comparisons": rows, "missing": lacks, "series": {}}
+
+    before = result("one", missing="time to 0.9")
+    assert common.together(before, result("two"))["missing"] == before["missing"]
+    assert common.together(before, result("time to 0.9, against a loop"))["missing"] == []
+    again = result(missing="time to 0.9")
+    assert common.together(before, again)["missing"] == again["missing"]
 
 
 def test_a_peer_that_is_not_installed_is_named(common: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,11 +24,11 @@ COMPARISON = {
     "notes": "",
     "ratios": [8.1, 9.0, 9.5, 10.0, 11.0],
     "sides": {},
+    "run": 0,
 }
-RESULT: dict[str, Any] = {
-    "bench": "frozen",
+RUN: dict[str, Any] = {
     "command": "python bench/frozen.py",
-    "quick": False,
+    "commit": "abc1234",
     "machine": {
         "processor": "A CPU",
         "bf16": True,
@@ -38,10 +38,20 @@ RESULT: dict[str, Any] = {
         "date": "2026-01-01",
     },
     "settings": {},
+}
+RESULT: dict[str, Any] = {
+    "bench": "frozen",
+    "quick": False,
+    "runs": [RUN],
     "comparisons": [COMPARISON],
-    "missing": ["fastai: make bench-peers makes it"],
+    "missing": [{"what": "fastai", "why": "make bench-peers makes it"}],
     "series": {
-        "epochs": {"x": "frozen epochs", "y": "s", "points": {"Thaw": {"1": 2.0, "5": 2.5}, "plain": {"1": 4.0}}}
+        "epochs": {
+            "x": "frozen epochs",
+            "y": "s",
+            "points": {"Thaw": {"1": 2.0, "5": 2.5}, "plain": {"1": 4.0}},
+            "run": 0,
+        }
     },
 }
 
@@ -74,6 +84,21 @@ def test_what_was_not_measured_is_said(written: str, report: Any) -> None:
     assert "Not measured: fastai: make bench-peers makes it." in written
     for name in report.BENCHES.keys() - {"frozen"}:
         assert f"`bench/results/{name}.json` is missing" in written
+
+
+def test_each_row_says_of_which_run_it_is(report: Any, tmp_path: Path) -> None:
+    page = tmp_path / "performance.md"
+    page.write_text(PAGE)
+    (tmp_path / "results").mkdir()
+    later = {**RUN, "command": "python bench/frozen.py --add", "machine": {**RUN["machine"], "bf16": False}}
+    rows = [COMPARISON, {**COMPARISON, "name": "50 epochs", "run": 1}]
+    (tmp_path / "results/frozen.json").write_text(json.dumps({**RESULT, "runs": [RUN, later], "comparisons": rows}))
+    report.write(tmp_path / "results", page=page, images=tmp_path / "images")
+    written = page.read_text()
+    assert "a: `python bench/frozen.py` on A CPU (computes bfloat16), 2 cores" in written
+    assert "b: `python bench/frozen.py --add` on A CPU (without bfloat16), 2 cores" in written
+    assert "| 5 frozen epochs against a plain loop (a) |" in written
+    assert "| 50 epochs (b) |" in written
 
 
 def test_pictures_are_drawn_where_the_page_says(written: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Kept numbers: there once, found again, never half-written, never more than the disk may hold."""
 
+import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.data import features
-from pipeline.data.features import DONE, CachedPictures, FeatureCache
+from pipeline.data.features import FACTS, SUMS, CachedPictures, FeatureCache
 from pipeline.errors import UserError
 
 SHAPES = [(3, 2, 2), (5,)]
@@ -80,16 +81,43 @@ def test_rows_are_not_there_before_they_are_noted(tmp_path: Path) -> None:
     asked: list[int] = []
     with pytest.raises(KeyboardInterrupt):
         _cache(tmp_path).fill(np.arange(20), _maker(asked, dies_after=8), limit=LIMIT)
-    assert not (_cache(tmp_path).folder / DONE).exists()
+    assert not (_cache(tmp_path).folder / SUMS).exists()
     assert _cache(tmp_path).fill(np.arange(20), _maker(asked), limit=LIMIT) == 20
 
 
-def test_a_lost_file_is_not_taken_for_zeros(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["1.bin", SUMS, FACTS])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 5)], ids=["lost", "cut off"])
+def test_a_file_that_is_not_whole_is_made_again(tmp_path: Path, name: str, damage: Callable[[Path], None]) -> None:
     cache = _cache(tmp_path)
     cache.fill(np.arange(20), _maker([]), limit=LIMIT)
-    (cache.folder / "1.bin").unlink()
-    assert _cache(tmp_path).fill(np.arange(20), _maker([]), limit=LIMIT) == 20
-    assert torch.equal(_cache(tmp_path).read(np.arange(20))[1], _numbers(np.arange(20))[1])
+    damage(cache.folder / name)
+    again = _cache(tmp_path)
+    assert again.fill(np.arange(20), _maker([]), limit=LIMIT) == (0 if name == FACTS and damage != Path.unlink else 20)
+    assert all(
+        torch.equal(found, right)
+        for found, right in zip(again.read(np.arange(20)), _numbers(np.arange(20)), strict=True)
+    )
+
+
+def test_a_kill_after_a_loss_leaves_no_zeros(tmp_path: Path) -> None:
+    cache = _cache(tmp_path)
+    cache.fill(np.arange(20), _maker([]), limit=LIMIT)
+    (cache.folder / "0.bin").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        _cache(tmp_path).fill(np.arange(20), _maker([], dies_after=8), limit=LIMIT)
+    assert _cache(tmp_path).fill(np.arange(20), _maker([]), limit=LIMIT) == 12
+    assert torch.equal(_cache(tmp_path).read(np.arange(20))[0], _numbers(np.arange(20))[0])
+
+
+def test_rows_that_were_changed_in_place_are_made_again(tmp_path: Path) -> None:
+    cache = _cache(tmp_path)
+    cache.fill(np.arange(20), _maker([]), limit=LIMIT)
+    with (cache.folder / "1.bin").open("r+b") as file:
+        file.seek(7 * 5 * 4)
+        file.write(b"damage")
+    asked: list[int] = []
+    assert _cache(tmp_path).fill(np.arange(20), _maker(asked), limit=LIMIT) == 1
+    assert asked == [7]
 
 
 def test_other_facts_are_another_cache(tmp_path: Path) -> None:
@@ -114,6 +142,29 @@ def test_the_longest_unused_makes_room_and_the_others_stay(tmp_path: Path, monke
     assert caches[0].fill(rows, _maker([]), limit=limit) == 0  # used again: now 1 is the oldest
     caches[3].fill(rows, _maker([]), limit=limit)
     assert [cache.folder.exists() for cache in caches] == [True, False, True, True]
+
+
+def test_a_lower_limit_holds_at_once(tmp_path: Path) -> None:
+    one, other = _cache(tmp_path, weights="1"), _cache(tmp_path, weights="2")
+    for cache in (one, other):
+        cache.fill(np.arange(20), _maker([]), limit=LIMIT)
+    assert other.fill(np.arange(20), _maker([]), limit=20 * other.row_bytes) == 0
+    assert not one.folder.exists()
+
+
+def test_rows_that_others_wanted_go_where_all_together_are_too_many(tmp_path: Path) -> None:
+    cache, asked = _cache(tmp_path), list[int]()
+    limit = 12 * cache.row_bytes
+    cache.fill(np.arange(10), _maker([]), limit=limit)
+    assert cache.fill(np.arange(8, 20), _maker(asked), limit=limit) == 12
+    assert sorted(asked) == list(range(8, 20))
+    assert np.count_nonzero(np.fromfile(cache.folder / SUMS, dtype=np.uint64)) == 12
+
+
+def test_something_in_the_folders_place_is_told(tmp_path: Path) -> None:
+    (tmp_path / "features").write_text("no folder")
+    with pytest.raises(UserError, match=r"features must be a folder: something else is in its place; remove it$"):
+        _cache(tmp_path / "features").fill(np.arange(2), _maker([]), limit=LIMIT)
 
 
 def test_a_reader_reads_on_when_its_cache_makes_room(tmp_path: Path) -> None:

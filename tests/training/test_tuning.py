@@ -198,8 +198,17 @@ def test_without_it_nothing_is_chosen(pictures: Store, here: Path) -> None:
 
 def test_several_processes_are_not_tuned() -> None:
     with pytest.raises(UserError, match="tries one process"):
-        tuning.check(_config(devices=2).train)
-    tuning.check(_config(devices=2, auto_tune=False).train)
+        _config(devices=2)
+    _config(devices=2, auto_tune=False)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"choice": {}, "table": []}'])
+def test_a_kept_trial_that_cannot_be_read_is_made_again(here: Path, content: str) -> None:
+    assert here
+    tuning.keep("a", tuning.Choice(precision="32-true", channels_last=True, compile=False, workers=0), [])
+    assert tuning.known("a") is not None
+    tuning._kept("a").write_text(content)
+    assert tuning.known("a") is None
 
 
 def test_phases_do_not_share_a_key() -> None:
