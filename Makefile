@@ -120,15 +120,15 @@ bench_flags = $(strip $(if $(filter accuracy,$(1)),--case $(CASES)) $(if $(PAIRS
   $(if $(PICTURES),$(if $(filter $(OF_PICTURES),$(1)),--pictures '$(PICTURES)')))
 
 bench: setup ## Thaw's speed against bare loops, as ratios [NAME=frozen] [PAIRS=5] [PICTURES=FOLDER]
-	$(if $(NAME),$(if $(wildcard bench/$(NAME).py),,$(error $(NAME): no such bench; there are $(BENCHES))))
+	$(if $(NAME),$(if $(filter $(NAME),$(BENCHES)),,$(error $(NAME): no such bench; there are $(BENCHES))))
 	$(foreach name,$(or $(NAME),$(patsubst bench/%.py,%,$(wildcard $(BENCHES:%=bench/%.py)))),\
 	  python bench/$(name).py $(call bench_flags,$(name)) &&) python bench/report.py
 
-bench-peers: setup $(PEERS)/.installed ## the same against fastai, Hugging Face's Trainer and timm's loop, in .venv-peers
-	python bench/loop.py --peers --json bench/results/loop_peers.json $(call bench_flags,loop)
-	python bench/frozen.py --part plain --peers --json bench/results/frozen_peers.json $(call bench_flags,frozen)
-	python bench/accuracy.py --peers --json bench/results/accuracy_peers.json $(call bench_flags,accuracy)
-	python bench/report.py
+bench-peers: setup $(PEERS)/.installed ## against fastai, Hugging Face's Trainer and timm's loop, in .venv-peers [NAME=loop]
+	$(if $(NAME),$(if $(filter $(NAME),$(OF_PICTURES)),,$(error $(NAME): has no peers; there are $(OF_PICTURES))))
+	$(foreach name,$(or $(NAME),loop frozen accuracy),\
+	  python bench/$(name).py $(if $(filter frozen,$(name)),--part plain) --peers \
+	  --json bench/results/$(name)_peers.json $(call bench_flags,$(name)) &&) python bench/report.py
 
 $(PEERS)/.installed: bench/peers.txt
 	$(check_python)

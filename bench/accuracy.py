@@ -90,12 +90,12 @@ CASES = {
 
 def main() -> None:
     """Measures the cases asked for."""
-    made = parser(__doc__)
-    made.add_argument("--case", nargs="+", choices=CASES, default=["photographs"])
+    made = parser(__doc__, pictures=True, peers=True, settings=True)
+    made.add_argument("--case", nargs="+", choices=CASES, default=[])
     asked = made.parse_args()
     bench = Bench("accuracy", asked)
     bench.settings = {"net": NET, "batch": BATCH, "workers": WORKERS}
-    for name in ["fashion_90"] if asked.quick else asked.case:
+    for name in asked.case or ["fashion_90" if asked.quick else "photographs"]:
         if name == "photographs" and not any((asked.pictures / "train").glob("*/*")):
             bench.lacks(_subject(CASES[name].accuracy, name), f"{asked.pictures} has no train/ of class folders")
         else:

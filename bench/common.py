@@ -156,7 +156,7 @@ def run(
         enough: of a line that it prints, whether it may be told to end after it (SIGTERM).
 
     Raises:
-        SystemExit: it failed; with the end of what it said.
+        SystemExit: it failed; with the end of what it said, or, with code 2, in its own line.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
     settings = {
@@ -189,7 +189,10 @@ def run(
         seconds = time.monotonic() - began
         if process.returncode and not told_to_end:
             errors.seek(0)
-            said = [line for _, line in lines[-10:]] + errors.read().splitlines()[-20:]
+            told = errors.read().splitlines()
+            if process.returncode == 2 and told:  # a mistake of the user's, in a line
+                refuse(told[-1])
+            said = [line for _, line in lines[-10:]] + told[-20:]
             command = shlex.join(str(word) for word in words)
             raise SystemExit("\n".join([f"exit code {process.returncode}: {command}", *said]))
     return Done(seconds, lines)
@@ -376,22 +379,35 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def parser(doc: str | None, *, pairs: int = 5) -> argparse.ArgumentParser:
-    """The arguments that every bench has."""
+def parser(
+    doc: str | None, *, pairs: int = 5, pictures: bool = False, peers: bool = False, settings: bool = False
+) -> argparse.ArgumentParser:
+    """The arguments that every bench has, and those that it asks for."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--pairs", type=int, default=pairs, help=f"rounds; {pairs} unless said")
-    made.add_argument("--quick", action="store_true", help="a smoke test of seconds; its figures mean nothing")
+    made.add_argument("--pairs", type=positive, default=pairs, help=f"rounds; {pairs} unless said")
+    made.add_argument("--quick", action="store_true", help="a smoke test; its figures mean nothing")
     made.add_argument("--json", type=Path, help="file for the results, in place of bench/results/NAME.json")
     made.add_argument("--add", action="store_true", help="keep what that file has of comparisons not made this time")
-    made.add_argument(
-        "--pictures",
-        type=Path,
-        default=Path("data/pictures"),
-        help="folder with train/ and val/ of class folders; drawn pictures of the same shapes where there are none",
-    )
-    made.add_argument("--peers", action="store_true", help="against what stands in the peers' environment instead")
-    made.add_argument("--set", nargs="*", default=[], help="further parameters of Thaw's, as section.key=value")
+    if pictures:
+        made.add_argument(
+            "--pictures",
+            type=Path,
+            default=Path("data/pictures"),
+            help="folder with train/ and val/ of class folders; drawn pictures of the same shapes where there are none",
+        )
+    if peers:
+        made.add_argument("--peers", action="store_true", help="against what stands in the peers' environment instead")
+    if settings:
+        made.add_argument("--set", nargs="*", default=[], help="further parameters of Thaw's, as section.key=value")
     return made
+
+
+def positive(word: str) -> int:
+    """A whole number of 1 or more, of a command line."""
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")
+    return number
 
 
 def refuse(message: str) -> NoReturn:

@@ -20,7 +20,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from common import Bench, Comparison, Target, cores, later, parser, ratios, rounds, worker
+from common import Bench, Comparison, Target, cores, later, parser, positive, ratios, rounds, worker
 from project import PYTHON, Project, chosen, drawn, published
 
 PARTS = ("lenet", "wait", "offline")
@@ -34,9 +34,9 @@ BARE, USUAL, WAIT, RATE = Target(at_least=0.85), Target(at_least=2), Target(at_m
 
 def main() -> None:
     """Measures the parts asked for."""
-    made = parser(__doc__)
+    made = parser(__doc__, settings=True)
     made.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
-    made.add_argument("--batch", type=int, default=256, help="of LeNet-5's training; 256 unless said")
+    made.add_argument("--batch", type=positive, default=256, help="of LeNet-5's training; 256 unless said")
     asked = made.parse_args()
     bench = Bench("datapath", asked)
     bench.settings = {"batch": asked.batch, "epochs": EPOCHS}

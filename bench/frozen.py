@@ -51,7 +51,7 @@ COST, FASTER, LAYERS = Target(at_most=1.3), Target(at_least=8), Target(at_least=
 
 def main() -> None:
     """Measures the parts asked for."""
-    made = parser(__doc__)
+    made = parser(__doc__, pictures=True, peers=True, settings=True)
     made.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     asked = made.parse_args()
     px, pack = (64, 72) if asked.quick else (224, 256)

@@ -25,7 +25,7 @@ ASKED = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_avail
 
 def main() -> None:
     """Measures every net, where there is a GPU."""
-    made = parser(__doc__)
+    made = parser(__doc__, settings=True)
     made.add_argument("--net", nargs="+", default=list(NETS))
     asked = made.parse_args()
     device = subprocess.run([sys.executable, "-c", ASKED], capture_output=True, text=True, check=True).stdout.strip()

@@ -14,7 +14,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import PEERS_PYTHON, Bench, Comparison, Target, later, parser, peers_missing, ratios, refuse, rounds, worker
+from common import (
+    PEERS_PYTHON,
+    Bench,
+    Comparison,
+    Target,
+    later,
+    parser,
+    peers_missing,
+    positive,
+    ratios,
+    refuse,
+    rounds,
+    worker,
+)
 from project import PYTHON, Project, chosen, pictures_or_drawn
 
 NET = "tf_efficientnet_lite0"
@@ -33,8 +46,8 @@ LARGE_PX = 224
 
 def main() -> None:
     """Measures every size."""
-    made = parser(__doc__)
-    made.add_argument("--px", nargs="+", type=int, default=[])
+    made = parser(__doc__, pictures=True, peers=True, settings=True)
+    made.add_argument("--px", nargs="+", type=positive, default=[])
     asked = made.parse_args()
     sizes = asked.px or ([32] if asked.quick else [128] if asked.peers else [64, 128, 224])
     pictures, real = pictures_or_drawn(asked.pictures, **({"train": 48, "val": 16} if asked.quick else {}))

@@ -67,7 +67,7 @@ class _Case:
 
 def main() -> None:
     """Measures the curves asked for."""
-    made = parser(__doc__, pairs=2)
+    made = parser(__doc__, pairs=2, settings=True)
     made.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     asked = made.parse_args()
     bench = Bench("scaling", asked)

@@ -29,7 +29,7 @@ TRAIN, VAL = 640, 16
 
 def main() -> None:
     """Measures every net."""
-    made = parser(__doc__)
+    made = parser(__doc__, settings=True)
     made.add_argument("--net", nargs="+", default=[])
     asked = made.parse_args()
     bench = Bench("throughput", asked)

@@ -25,7 +25,7 @@ EPOCHS = 1
 
 def main() -> None:
     """Measures each net."""
-    asked = parser(__doc__).parse_args()
+    asked = parser(__doc__, settings=True).parse_args()
     bench = Bench("upkeep", asked)
     bench.settings = {"epochs": EPOCHS}
     for net in list(CASES)[:1] if asked.quick else CASES:

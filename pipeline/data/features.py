@@ -167,7 +167,7 @@ class FeatureCache:
 
     def _absent(self, rows: np.ndarray, sums: np.ndarray) -> np.ndarray:
         """Of each row, whether its numbers are not there as they were noted."""
-        absent = sums[rows] == 0
+        absent: np.ndarray = sums[rows] == 0
         noted = rows[~absent]
         if len(noted):
             absent[~absent] = _summed(self._mapped(shared=False), noted) != sums[noted]

@@ -63,3 +63,20 @@ def test_a_wrong_setting_is_refused_in_a_line() -> None:
     done = _run("bench/scaling.py", "--quick", "--part", "epochs", "--set", "train.batch_size")
     assert done.returncode == 2
     assert done.stderr == "train.batch_size: expected section.key=value, such as train.batch_size=64\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("step", "--pairs", "0"), "--pairs: must be 1 or more, got 0"),
+        (("loop", "--px", "0"), "--px: must be 1 or more, got 0"),
+        (("step", "--peers"), "unrecognized arguments: --peers"),
+        (("memory", "--pictures", "a"), "unrecognized arguments: --pictures a"),
+        (("report", "--foo"), "unrecognized arguments: --foo"),
+    ],
+)
+def test_what_a_bench_cannot_take_is_refused(words: tuple[str, ...], told: str) -> None:
+    name, *others = words
+    done = _run(f"bench/{name}.py", *others)
+    assert done.returncode == 2
+    assert told in done.stderr.splitlines()[-1]

@@ -69,6 +69,18 @@ def test_a_process_that_fails_is_no_measurement(common: Any, tmp_path: Path) -> 
         common.run([sys.executable, "-c", failing], folder=tmp_path)
 
 
+def test_a_mistake_of_the_users_is_passed_on_in_its_line(
+    common: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mistaken = (
+        "import sys; print('a warning', file=sys.stderr); print('train.lr: too high', file=sys.stderr); sys.exit(2)"
+    )
+    with pytest.raises(SystemExit) as refused:
+        common.run([sys.executable, "-c", mistaken], folder=tmp_path)
+    assert refused.value.code == 2
+    assert capsys.readouterr().err == "train.lr: too high\n"
+
+
 def test_a_process_may_be_told_to_end_once_it_has_shown_enough(common: Any, tmp_path: Path) -> None:
     endless = "import itertools, time\nfor i in itertools.count(): print(i); time.sleep(0.01)"
     done = common.run([sys.executable, "-c", endless], folder=tmp_path, enough=lambda line: int(line) >= 3)

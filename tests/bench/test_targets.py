@@ -46,6 +46,19 @@ def test_a_misspelt_bench_is_refused(folder: Path) -> None:
     done = subprocess.run(["make", "bench", "NAME=frozn"], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "frozn: no such bench; there are startup step" in done.stderr
+    for name in ("common", "watched", "report"):  # files that are no benches
+        done = subprocess.run(["make", "-n", "bench", f"NAME={name}"], cwd=folder, capture_output=True, check=False)
+        assert done.returncode == 2
+
+
+def test_one_bench_of_peers(folder: Path) -> None:
+    found = _would_run(folder, "bench-peers", "NAME=frozen", "PAIRS=2")
+    assert found == [
+        "bench/frozen.py --part plain --peers --json bench/results/frozen_peers.json --pairs '2'",
+        "bench/report.py",
+    ]
+    done = subprocess.run(["make", "-n", "bench-peers", "NAME=step"], cwd=folder, capture_output=True, check=False)
+    assert done.returncode == 2
 
 
 def test_peers_keep_results_of_their_own(folder: Path) -> None:
