@@ -1,5 +1,6 @@
 """Where a phase's time goes: the wait for data, always; a trace of a few steps, where it is asked for."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ class Trace(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:  # noqa: ARG002, Lightning's signature
         if not trainer.is_global_zero or self._path.exists():
             return
+        # Without a GPU its library complains of that, and reports its own start and stop, on stderr.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
         self._profile = profile(
             activities=activities,

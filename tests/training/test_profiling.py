@@ -45,7 +45,9 @@ def _fit(path: Path, *, batches: int, epochs: int = 1) -> None:
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
 @pytest.mark.parametrize(("batches", "epochs", "traced"), [(1, 1, 1), (3, 1, 3), (6, 3, profiling.ACTIVE)])
-def test_a_trace_has_the_steps_operations(batches: int, epochs: int, traced: int, tmp_path: Path) -> None:
+def test_a_trace_has_the_steps_operations(
+    batches: int, epochs: int, traced: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / profiling.TRACE
     _fit(path, batches=batches, epochs=epochs)
     with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -53,6 +55,7 @@ def test_a_trace_has_the_steps_operations(batches: int, epochs: int, traced: int
     names = [event.get("name", "") for event in events]
     assert names.count("aten::conv2d") == traced
     assert [other.name for other in tmp_path.iterdir()] == [path.name]
+    assert not [line for line in capfd.readouterr().err.splitlines() if "USDT" in line or "gpuGetDeviceCount" in line]
     before = path.read_bytes()
     _fit(path, batches=batches, epochs=epochs)  # as a resumed phase would
     assert path.read_bytes() == before
