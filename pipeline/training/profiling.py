@@ -56,9 +56,11 @@ class Trace(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:  # noqa: ARG002, Lightning's signature
         if not trainer.is_global_zero or self._path.exists():
             return
-        # Without a GPU its library complains of that, and reports its own start and stop, on stderr.
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
+        else:  # of which the profiler's library would complain on stderr
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         self._profile = profile(
             activities=activities,
             schedule=self._steps,
