@@ -78,7 +78,7 @@ def freeze(net: Any, *, batch_norms: bool) -> Any:
         parameter.requires_grad = True
     if not batch_norms:
         return net
-    from timm.utils import freeze_batch_norm_2d
+    from timm.layers import freeze_batch_norm_2d
 
     return freeze_batch_norm_2d(net)
 
