@@ -38,7 +38,10 @@ def spec() -> SimpleNamespace:
 
 
 def build(name: str, *, num_classes: int, weights: str, in_chans: int = 3) -> Any:
-    """The net with a new head, on the weights that Thaw starts from."""
+    """The net on the weights that Thaw starts from, with a new head as nn.Linear makes it, as in the tutorial.
+
+    That which timm makes for some nets is 25 times as large, and takes epochs to forget; Thaw's is zero.
+    """
     torch.manual_seed(0)
     if name.startswith("scratch/"):
         from pipeline import nets
@@ -48,6 +51,8 @@ def build(name: str, *, num_classes: int, weights: str, in_chans: int = 3) -> An
 
     net = timm.create_model(name, num_classes=num_classes, in_chans=in_chans)
     load(net, weights)
+    if weights:
+        net.reset_classifier(num_classes)
     return net
 
 
