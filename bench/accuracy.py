@@ -110,7 +110,7 @@ def _measure(bench: Bench, name: str, case: Case, asked: argparse.Namespace) -> 
     project = Project({"model.name": NET, **case.settings, **smaller}, pictures=pictures)
     px = 32 if asked.quick else case.px
     settings = {"train.px": px, "train.batch_size": BATCH, "tracking.log_model": False, **case.training}
-    settings |= project.fast(px=px)
+    settings["train.auto_tune"] = True
     if project.knows("cache"):
         settings["train.cache"] = "bf16" if has_bf16() else "fp32"
     settings |= chosen(asked)

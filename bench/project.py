@@ -148,9 +148,7 @@ class Project:
         )
 
     def fast(self, *, px: int) -> dict[str, Any]:
-        """The settings that a user who wants speed would add: the trial of them, where this tree has one."""
-        if self.knows("auto_tune"):
-            return {"train.auto_tune": True}
+        """The settings that a user who wants speed comes to: what the trial finds on processors that were tried."""
         return {"train.precision": "bf16-mixed"} if has_bf16() and px >= BF16_FROM_PX else {}
 
     def warm(self) -> None:

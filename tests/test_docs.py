@@ -90,8 +90,9 @@ def test_what_the_documents_set_can_be_set(text: str) -> None:
     text = "\n".join(line for line in text.splitlines() if "--queue" not in line)  # which takes several values
     settings = re.findall(r"\b((?:data|augment|model|train|evaluate|tracking)\.[a-z_.]+=[^\s\"`]+)", text)
     words = [word for word in settings if "weights=" not in word and "teacher=" not in word]
-    schedules = [word for word in words if word.startswith("train.phases=")]  # beside which no phase can be set
-    for together in ([word for word in words if word not in schedules], *([word] for word in schedules)):
+    # Beside a ready-made schedule no phase can be set, and beside auto_tune no second device.
+    alone = [word for word in words if word.startswith(("train.phases=", "train.auto_tune="))]
+    for together in ([word for word in words if word not in alone], *([word] for word in alone)):
         config.load(ROOT / "params.yaml", overrides=config.parse_settings(together))
 
 

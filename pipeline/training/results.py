@@ -69,7 +69,7 @@ def write(
         if config.train.gradient_norms:
             gradients = pd.DataFrame([row for o in outcomes for row in o.gradients])
             metrics.write_csv(gradients, folder / "gradients.csv")
-        if progress.tuned:
+        if progress.tuned.get("table"):
             metrics.write_csv(pd.DataFrame(progress.tuned["table"]), folder / "auto_tune.csv")
         for phase in phases:
             for name, kept in ((SWEEPS, f"lr_find_{phase.name}.png"), (TRACE, f"trace_{phase.name}.json.gz")):

@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import cycle, islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ from pipeline.training.weights import ModelCard
 
 WARM, STEPS = 3, 20
 """Steps before those that count, and those, of each way of computing."""
+PAYS = 3
+"""Times the steps of a whole trial that a phase must have: with fewer it costs more than the fastest way gains."""
 LONGEST_S = 10.0
 """Seconds after which a way has been seen for long enough, whatever its steps."""
 BATCHES = 4
@@ -57,7 +59,7 @@ class Choice:
     precision: str
     channels_last: bool
     compile: bool
-    workers: int
+    workers: int | Literal["auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,17 +122,33 @@ def tuned(
             for phase in phases
         }
         phase = max(phases, key=lambda phase: _learning(net, phase) * steps[phase.name])
-        total_steps = steps[phase.name]
-        key = key_of(config.model, params, phase, px=card.px, total_steps=total_steps)
-        found = known(key)
-        if found is None:
-            print(f"auto_tune: trying phase {phase.name} for a few steps", flush=True)
-            found = _tried(params, store, net, card, phase=phase, total_steps=total_steps)
-            keep(key, *found)
-        choice, rows = found
+        choice, rows = _settled(config, store, net, card, phase=phase, total_steps=steps[phase.name])
         progress.tune(asdict(choice), [asdict(row) for row in rows])
-        print(told(choice, rows), flush=True)
+        if rows:
+            print(told(choice, rows), flush=True)
     return params.model_copy(update=progress.tuned["choice"])
+
+
+def _settled(
+    config: Config, store: Store, net: nn.Module, card: ModelCard, *, phase: Phase, total_steps: int
+) -> tuple[Choice, list[Row]]:
+    """What a training of the like found, or a trial, or, where that does not pay, what is set, without rows."""
+    params = config.train
+    key = key_of(config.model, params, phase, px=card.px)
+    if (found := known(key, total_steps=total_steps)) is not None:
+        return found
+    least = PAYS * len(_ways(machine.device(params.accelerator))) * (WARM + STEPS)
+    if total_steps < least:
+        print(
+            f"auto_tune: phase {phase.name} computes {total_steps} steps, and a trial pays from {least} on: "
+            "it computes as it is set",
+            flush=True,
+        )
+        return Choice(**{choice.name: getattr(params, choice.name) for choice in fields(Choice)}), []
+    print(f"auto_tune: trying phase {phase.name} for a few steps", flush=True)
+    found = _tried(params, store, net, card, phase=phase, total_steps=total_steps)
+    keep(key, *found)
+    return found
 
 
 def choose(
@@ -149,9 +167,7 @@ def choose(
     """
     with untouched_randomness():
         batches = list(islice(load(0), BATCHES))
-        precisions = ["32-true", *(["bf16-mixed"] if has_bf16(device) else [])]
-        ways = [Way(precision, layout, False) for precision in precisions for layout in (False, True)]
-        paces = {way: pace(make(way), cycle(batches), device=device) for way in ways}
+        paces = {way: pace(make(way), cycle(batches), device=device) for way in _ways(device)}
         best = fastest({way: found.step for way, found in paces.items()})
         plain = paces[best].step * total_steps
         if plain > COMPILED_AFTER_S:
@@ -227,13 +243,19 @@ def untouched_randomness() -> Iterator[None]:
     np.random.set_state(legacy)
 
 
-def known(key: str) -> tuple[Choice, list[Row]] | None:
-    """What an earlier training of the like found on this machine; None where there is none that can be read."""
+def known(key: str, *, total_steps: int) -> tuple[Choice, list[Row]] | None:
+    """What an earlier training of the like found on this machine.
+
+    None where there is none, or none that can be read, or one that tried compiling where so many steps do not, or did
+    not where they do.
+    """
     try:
         found = json.loads(_kept(key).read_text(encoding="utf-8"))
-        return Choice(**found["choice"]), [Row(**row) for row in found["table"]]
+        choice, rows = Choice(**found["choice"]), [Row(**row) for row in found["table"]]
+        plain_s = min(row.step_ms for row in rows if not row.compile) / 1000 * total_steps
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
+    return (choice, rows) if any(row.compile for row in rows) == (plain_s > COMPILED_AFTER_S) else None
 
 
 def keep(key: str, choice: Choice, rows: list[Row]) -> None:
@@ -243,7 +265,7 @@ def keep(key: str, choice: Choice, rows: list[Row]) -> None:
         path.write_text(json.dumps(kept, indent=2), encoding="utf-8")
 
 
-def key_of(model: ModelParams, params: TrainParams, phase: Phase, *, px: int, total_steps: int) -> str:
+def key_of(model: ModelParams, params: TrainParams, phase: Phase, *, px: int) -> str:
     """Names all that a trial's outcome depends on: machine, torch, net, pictures, step."""
     device = machine.device(params.accelerator)
     facts = {
@@ -255,7 +277,6 @@ def key_of(model: ModelParams, params: TrainParams, phase: Phase, *, px: int, to
         "batch": [phase.batch_size, phase.accumulate],
         "trainable": phase.trainable,
         "optimizer": phase.optimizer,
-        "steps": total_steps,
         "train": params.model_dump(include=COUNTS),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
@@ -313,6 +334,12 @@ def _tried(
         ).train_dataloader()
 
     return choose(make, load, device=machine.device(params.accelerator), total_steps=total_steps)
+
+
+def _ways(device: torch.device) -> list[Way]:
+    """Those that are tried first, without compiling."""
+    precisions = ["32-true", *(["bf16-mixed"] if has_bf16(device) else [])]
+    return [Way(precision, layout, False) for precision in precisions for layout in (False, True)]
 
 
 def _learning(net: nn.Module, phase: Phase) -> int:

@@ -92,6 +92,7 @@ COMPILED = Way("32-true", True, True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.setattr(tuning, "has_bf16", lambda _: True)
+    monkeypatch.setattr(tuning, "PAYS", 0)
     return tmp_path
 
 
@@ -160,6 +161,36 @@ def test_a_later_training_takes_the_choice_without_a_trial_and_a_different_one_d
     assert len(stub.tried) == 2 * tried
 
 
+def test_a_short_training_is_not_kept_waiting_by_a_trial_and_takes_what_a_longer_one_found(
+    pictures: Store, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub = _Stub({PLAIN: 4.0, LAST: 3.0, BF16: 2.0, BF16_LAST: 1.0})
+    monkeypatch.setattr(tuning, "pace", stub)
+    monkeypatch.setattr(tuning, "PAYS", 3)
+    choice, progress = _tuned(pictures, _config(), here / "short")
+    assert choice == {"precision": "32-true", "channels_last": True, "compile": False, "workers": "auto"}
+    assert (stub.tried, progress.tuned) == ([], {"choice": choice, "table": []})
+    assert (
+        "phase all computes 4 steps, and a trial pays from 276 on: it computes as it is set" in capsys.readouterr().out
+    )
+    long = {"all": {"trainable": "all", "epochs": 138}}
+    choice, _ = _tuned(pictures, _config(phases=long), here / "long")
+    assert choice["precision"] == "bf16-mixed"
+    tried = len(stub.tried)
+    assert _tuned(pictures, _config(), here / "short again")[0] == choice
+    assert len(stub.tried) == tried
+
+
+def test_a_training_that_is_long_enough_to_be_compiled_is_tried_anew(
+    pictures: Store, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub = _Stub({PLAIN: 9.0, LAST: 8.0, BF16: 9.0, BF16_LAST: 9.0, COMPILED: 2.0}, compiling=30.0)
+    monkeypatch.setattr(tuning, "pace", stub)
+    assert not _tuned(pictures, _config(), here / "short")[0]["compile"]
+    long = {"all": {"trainable": "all", "epochs": 200}}
+    assert _tuned(pictures, _config(phases=long), here / "long")[0]["compile"]
+
+
 def test_a_resumed_training_computes_as_it_began(pictures: Store, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stub = _Stub({PLAIN: 4.0, LAST: 3.0, BF16: 2.0, BF16_LAST: 1.0})
     monkeypatch.setattr(tuning, "pace", stub)
@@ -205,10 +236,11 @@ def test_several_processes_are_not_tuned() -> None:
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"choice": {}, "table": []}'])
 def test_a_kept_trial_that_cannot_be_read_is_made_again(here: Path, content: str) -> None:
     assert here
-    tuning.keep("a", tuning.Choice(precision="32-true", channels_last=True, compile=False, workers=0), [])
-    assert tuning.known("a") is not None
+    ways = {"precision": "32-true", "channels_last": True, "compile": False, "workers": 0}
+    tuning.keep("a", tuning.Choice(**ways), [tuning.Row(**ways, step_ms=1.0, first_s=1.0, chosen=True)])
+    assert tuning.known("a", total_steps=9) is not None
     tuning._kept("a").write_text(content)
-    assert tuning.known("a") is None
+    assert tuning.known("a", total_steps=9) is None
 
 
 def test_phases_do_not_share_a_key() -> None:
@@ -216,5 +248,5 @@ def test_phases_do_not_share_a_key() -> None:
     phases: list[Phase] = schedule.plan(
         asked.train, nets.build("scratch/resnet20", num_classes=3), px=PX, random_start=False
     )
-    keys = {tuning.key_of(asked.model, asked.train, phase, px=PX, total_steps=10) for phase in phases}
+    keys = {tuning.key_of(asked.model, asked.train, phase, px=PX) for phase in phases}
     assert len(keys) == 2
