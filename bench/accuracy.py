@@ -14,7 +14,7 @@ All start from the same weights of tf_efficientnet_lite0, see the same pictures 
 is that of the first epoch's end at which the accuracy is reached, validation included; a side's turn ends there.
 Another that does not reach it in the epochs given counts with the time of them all, and its row says that the ratio is
 a lower bound; after two such rounds it is not tried again. The others are the plain PyTorch loop or, with --peers,
-Hugging Face's Trainer, timm's loop and fastai. A round without --peers takes on two cores 3 to 7 minutes for
+Hugging Face's Trainer, timm's loop and fastai. A round without --peers takes on two cores a minute or two for
 photographs (the default case), 4 to 16 for fashion_90, and 20 and more for fashion_93, of which one round (--pairs 1)
 may have to do; --add then puts its rows beside those of the other cases.
 """

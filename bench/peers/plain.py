@@ -1,11 +1,11 @@
 """The plain PyTorch loop, as in PyTorch's tutorial "Transfer Learning for Computer Vision".
 
-ImageFolder, RandomResizedCrop and RandomHorizontalFlip, a DataLoader with worker processes, an optimiser and
-StepLR(7, 0.1), train() and eval() passes with their running loss and accuracy, fp32 in the default memory format. The
-frozen net's parameters have requires_grad=False, and its batch norms follow the pictures, as there, unless the spec
-says that they are frozen, too. What differs: the
-net, with its own mean and standard deviation, the batch (the tutorial's is 4) and the learning rate are those of the
-comparison; and Adam stands in place of SGD, so that a head learns in as few epochs as elsewhere.
+ImageFolder, RandomResizedCrop and RandomHorizontalFlip, a DataLoader with worker processes, an optimiser and StepLR(7,
+0.1), train() and eval() passes with their running loss and accuracy, fp32 in the default memory format. The frozen
+net's parameters have requires_grad=False, and its batch norms follow the pictures, as there, unless the spec says that
+they are frozen, too. What differs: the net, with its own mean and standard deviation, the batch (the tutorial's is 4)
+and the learning rate are those of the comparison; and Adam stands in place of SGD, so that a head learns in as few
+epochs as elsewhere.
 """
 
 from pathlib import Path
