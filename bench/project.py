@@ -26,7 +26,7 @@ from pipeline.errors import UserError
 
 KEPT = ROOT / "data/cache/bench"
 PYTHON = sys.executable
-BF16_FROM_PX = 128
+BF16_FROM_PX = 64
 """Smaller pictures are trained faster in fp32 on the processors that were tried."""
 EPOCH_LINE = re.compile(r"\S+ \d+/\d+: train loss .*; val loss \S+, top-1 ([\d.]+);")
 """What the train stage prints after an epoch, with its validation top-1."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pipeline.data.datamodule import Batch
 from pipeline.errors import UserError
 from pipeline.parameters import TrainParams
-from pipeline.training import optim, penalties, schedule
+from pipeline.training import backward, optim, penalties, schedule
 from pipeline.training.averaging import Average
 from pipeline.training.cut import Cut
 from pipeline.training.distillation import Teacher, distance
@@ -179,7 +179,8 @@ class Classifier(L.LightningModule):
         targets = labels
         if self._mixer is not None:
             pixels, targets = self._mixer(pixels, labels)
-        logits, *auxiliary_logits = self._all_logits(net, pixels)
+        with backward.quick(self.device, precision=self.precision, compiled=self._params.compile):
+            logits, *auxiliary_logits = self._all_logits(net, pixels)
         loss: torch.Tensor = self.objective(logits, targets)
         whole = loss + self._auxiliary_weight * sum(self.objective(extra, targets) for extra in auxiliary_logits)
         if self._params.l1:
