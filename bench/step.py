@@ -6,7 +6,8 @@ Both sides do the same: normalise, forward, cross-entropy, backward, the same op
 epoch and the same validation after it. Thaw's epoch is the whole of it, with metrics and its checkpoint, but for the
 tracking store. The two take turns, in one process, which keeps the memory that tensors free; the ratio of a pair is the
 bare loop's seconds by Thaw's, so 1 is a step without any overhead: at least 0.95 for nets of some size, 0.85 for
-LeNet-5. On two cores 10 minutes.
+LeNet-5. In bf16 on a processor Thaw's is the faster one, by its ways to a gradient (pipeline/training/backward.py). On
+two cores 10 minutes.
 """
 
 import statistics
@@ -24,7 +25,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from common import ROOT, Bench, Comparison, Target, parser, ratios, rounds
+from common import ROOT, Bench, Comparison, Target, has_bf16, parser, ratios, rounds
 from pipeline import config, machine, nets
 from pipeline.parameters import TrainParams
 from pipeline.training import optim, schedule
@@ -131,7 +132,12 @@ def _device(params: TrainParams) -> torch.device:
 
 def _params(case: "Case") -> TrainParams:
     phase = {"trainable": "all", "epochs": EPOCHS, "lr": 1e-3, "weight_decay": 0.01}
-    knobs: dict[str, Any] = {"phases": {"all": phase}, "batch_size": case.batch, "average": "none"}
+    knobs: dict[str, Any] = {
+        "phases": {"all": phase},
+        "batch_size": case.batch,
+        "average": "none",
+        "precision": case.precision,
+    }
     return config.load(ROOT / "params.yaml", overrides={f"train.{key}": value for key, value in knobs.items()}).train
 
 
@@ -143,24 +149,33 @@ class Case(NamedTuple):
     batch: int
     steps: int
     target: Target
+    precision: str = "32-true"
+
+    def __str__(self) -> str:
+        at = "" if self.precision == "32-true" else f", {self.precision}"
+        return f"{self.net} at {self.px} px, batch {self.batch}{at}"
 
 
 CASES = (
     Case("scratch/lenet5", 32, 256, 200, Target(at_least=0.85)),
     Case("resnet18", 64, 64, 30, Target(at_least=0.95)),
     Case("tf_efficientnet_lite0", 128, 32, 20, Target(at_least=0.95)),
+    Case("tf_efficientnet_lite0", 128, 32, 20, Target(at_least=0.95), "bf16-mixed"),
 )
 
 
 def main() -> None:
     """Measures every case."""
     made = parser(__doc__)
-    made.add_argument("--net", nargs="+", choices=[case.net for case in CASES], default=[])
+    made.add_argument("--net", nargs="+", choices=list(dict.fromkeys(case.net for case in CASES)), default=[])
     asked = made.parse_args()
     machine.keep_memory()  # as the train stage does
     bench = Bench("step", asked)
     cases = [case for case in CASES if case.net in asked.net] or (CASES[:1] if asked.quick else CASES)
     for case in cases:
+        if case.precision == "bf16-mixed" and not has_bf16():
+            bench.lacks(str(case), "this processor does not compute bf16 itself")
+            continue
         batches = _drawn(case._replace(steps=4) if asked.quick else case)
         sides = {
             side.__name__: lambda side=side, case=case, batches=batches: _seconds(side, case, batches)
@@ -169,7 +184,7 @@ def main() -> None:
         found = rounds(sides, number=asked.pairs)
         bench.comparisons.append(
             Comparison(
-                name=f"a step in memory, {case.net} at {case.px} px, batch {case.batch}",
+                name=f"a step in memory, {case}",
                 ratio_of="time of a bare loop's epoch / Thaw's",
                 ratios=ratios(found["bare"], found["thaw"]),
                 target=case.target,
