@@ -1,6 +1,7 @@
 """Time to a given validation accuracy, from the moment that the net stands.
 
-    python bench/accuracy.py [--case photographs fashion_90 fashion_93] [--pairs 5] [--pictures FOLDER] [--peers]
+    python bench/accuracy.py [--case photographs fashion_90 fashion_93] [--pairs 5] [--pictures FOLDER]
+                             [--peers [--against fastai timm transformers]]
 
     photographs   0.94 on val/ of the folder given (needs --pictures: drawn pictures mean nothing), 224 px. All train
                   the head for at most 12 epochs at the same rate, Thaw on frozen layers that it caches and the same
@@ -15,8 +16,8 @@ is that of the first epoch's end at which the accuracy is reached, validation in
 Another that does not reach it in the epochs given counts with the time of them all, and its row says that the ratio is
 a lower bound; after two such rounds it is not tried again. The others are the plain PyTorch loop or, with --peers,
 Hugging Face's Trainer, timm's loop and fastai. A round without --peers takes on two cores a minute or two for
-photographs (the default case), 4 to 16 for fashion_90, and 20 and more for fashion_93, of which one round (--pairs 1)
-may have to do; --add then puts its rows beside those of the other cases.
+photographs (the default case), 4 to 16 for fashion_90, and 20 to 45 for fashion_93, of which one round (--pairs 1)
+may have to do, with one of the peers at a time; --add then puts its rows beside those that are there.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from common import Bench, Comparison, has_bf16, parser, ratios, rounds, worker
-from loop import others
+from loop import MODULES, others
 from project import Project, both_ways, chosen
 
 NET, BATCH, WORKERS = "tf_efficientnet_lite0", 32, 2
@@ -92,7 +93,10 @@ def main() -> None:
     """Measures the cases asked for."""
     made = parser(__doc__, pictures=True, peers=True, settings=True)
     made.add_argument("--case", nargs="+", choices=CASES, default=[])
+    made.add_argument("--against", nargs="+", choices=MODULES, default=[], help="with --peers: those to measure")
     asked = made.parse_args()
+    if asked.against and not asked.peers:
+        made.error("--against: it takes --peers as well")
     bench = Bench("accuracy", asked)
     bench.settings = {"net": NET, "batch": BATCH, "workers": WORKERS}
     for name in asked.case or ["fashion_90" if asked.quick else "photographs"]:
@@ -139,7 +143,7 @@ def _measure(bench: Bench, name: str, case: Case, asked: argparse.Namespace) -> 
         return turn(told["ends"], told["accuracies"], accuracy)
 
     turns: dict[str, Callable[[], Turn | None]] = {"Thaw": thaw}
-    for who, (file, python) in others(bench, peers=asked.peers).items():
+    for who, (file, python) in others(bench, peers=(asked.against or MODULES) if asked.peers else ()).items():
         turns[who] = Patient(partial(other, file, python))
     _compare(bench, _subject(accuracy, name), rounds(turns, number=asked.pairs))
 

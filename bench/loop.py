@@ -10,7 +10,7 @@ with --peers, at 128 px alone unless --px says otherwise, 12.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ PEERS = {
     "timm's loop": ("timm_loop.py", "timm"),
     "fastai": ("fastai_learner.py", "fastai"),
 }
+MODULES = [module for _, module in PEERS.values()]
 BATCH, LR, WORKERS, EPOCHS = 32, 1e-3, 2, 3
 PACKED = 8 / 7
 """Side of a packed picture by that which the net sees: room for crops."""
@@ -86,7 +87,7 @@ def _measure(bench: Bench, pictures: Any, asked: argparse.Namespace, *, px: int)
         "judge": False,
     }
     turns: dict[str, Callable[[], float]] = {"Thaw": lambda: project.train(settings).later}
-    for name, (file, python) in others(bench, peers=asked.peers).items():
+    for name, (file, python) in others(bench, peers=MODULES if asked.peers else ()).items():
         turns[name] = lambda file=file, python=python: later(worker(file, spec, python=python).told)
     found = rounds(turns, number=asked.pairs)
     ours = found.pop("Thaw")
@@ -103,12 +104,18 @@ def _measure(bench: Bench, pictures: Any, asked: argparse.Namespace, *, px: int)
         )
 
 
-def others(bench: Bench, *, peers: bool) -> dict[str, tuple[str, Path | str]]:
-    """Whom Thaw is compared with: each one's file in bench/peers/, and its interpreter."""
+def others(bench: Bench, *, peers: Collection[str]) -> dict[str, tuple[str, Path | str]]:
+    """Whom Thaw is compared with: each one's file in bench/peers/, and its interpreter.
+
+    Args:
+        peers: modules of theirs, of MODULES; none for the plain loop.
+    """
     if not peers:
         return {PLAIN: ("plain.py", PYTHON)}
     found: dict[str, tuple[str, Path | str]] = {}
     for name, (file, module) in PEERS.items():
+        if module not in peers:
+            continue
         if why := peers_missing(module):
             bench.lacks(name, why)
         else:

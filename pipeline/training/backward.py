@@ -38,13 +38,13 @@ class _Quick(TorchFunctionMode):
     ) -> Any:
         if func is F.conv2d:
             return _conv2d(*args, **(kwargs or {}))
-        if func in (Tensor.mean, F.adaptive_avg_pool2d) and _is_map(args[0]):
+        if func in (Tensor.mean, F.adaptive_avg_pool2d) and args and _is_map(args[0]):
             args = (_Laid.apply(args[0]), *args[1:])
         return func(*args, **(kwargs or {}))
 
 
 def _conv2d(
-    x_bchw: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,
@@ -52,14 +52,14 @@ def _conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:
-    depthwise = 1 < groups == len(weight) == x_bchw.shape[1]
+    depthwise = 1 < groups == len(weight) == input.shape[1]
     steps, edges, gaps = map(_one, (stride, padding, dilation))
     side = _one(weight.shape[2:])
     slow = (side == _TILED and steps in (1, 2)) or (side == TILE and steps == 2)
-    if depthwise and slow and edges is not None and gaps == 1 and _is_map(x_bchw):
-        # As autocast would.
-        return _Depthwise.apply(x_bchw.bfloat16(), weight.bfloat16(), bias, steps, edges)  # type: ignore[no-any-return]
-    return F.conv2d(x_bchw, weight, bias, stride, padding, dilation, groups)
+    if depthwise and slow and edges is not None and gaps == 1 and _is_map(input) and torch.is_autocast_enabled("cpu"):
+        # Rounded as autocast would.
+        return _Depthwise.apply(input.bfloat16(), weight.bfloat16(), bias, steps, edges)  # type: ignore[no-any-return]
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def _one(sides: Any) -> int | None:

@@ -70,6 +70,7 @@ def test_a_wrong_setting_is_refused_in_a_line() -> None:
     [
         (("step", "--pairs", "0"), "--pairs: must be 1 or more, got 0"),
         (("loop", "--px", "0"), "--px: must be 1 or more, got 0"),
+        (("accuracy", "--against", "timm"), "--against: it takes --peers as well"),
         (("step", "--peers"), "unrecognized arguments: --peers"),
         (("memory", "--pictures", "a"), "unrecognized arguments: --pictures a"),
         (("report", "--foo"), "unrecognized arguments: --foo"),

@@ -100,6 +100,20 @@ def test_a_net_that_is_not_channels_last_is_left_alone() -> None:
     assert not _takes_over(_convolution(kernel_size=5), _rounded(2, CHANNELS, 14, 14, seed=3).contiguous())
 
 
+def test_a_convolution_outside_autocast_stays_in_fp32() -> None:
+    convolution, x = _convolution(kernel_size=5), _rounded(2, CHANNELS, 14, 14, seed=3).requires_grad_()
+    with backward.quick(CPU, precision="bf16-mixed", compiled=False):
+        assert torch.equal(convolution(x), F.conv2d(x, convolution.weight, convolution.bias, groups=CHANNELS))
+
+
+def test_arguments_may_be_named() -> None:
+    convolution, x = _convolution(kernel_size=5), _rounded(2, CHANNELS, 14, 14, seed=3).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16), backward.quick(CPU, precision="bf16-mixed", compiled=False):
+        y = F.conv2d(input=x, weight=convolution.weight, bias=convolution.bias, groups=CHANNELS)
+        assert torch.equal(y, convolution(x))
+        assert torch.equal(F.adaptive_avg_pool2d(input=y, output_size=1), F.adaptive_avg_pool2d(y, 1))
+
+
 @pytest.mark.parametrize("pool", ["mean", "adaptive"])
 def test_the_gradient_of_a_mean_lies_as_the_map_does(pool: str) -> None:
     strides: list[tuple[int, ...]] = []
