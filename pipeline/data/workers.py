@@ -32,7 +32,8 @@ def auto(make: Callable[[], object], *, batches: int, processes: int, accelerate
     one = _seconds(make)
     count = min(most, math.ceil(one / STEP_S)) if one > STEP_S / 2 and one * batches >= EPOCH_S else 0
     if count:
-        print(f"loading pictures in {count} processes: a batch takes {1000 * one:.0f} ms to make", flush=True)
+        own = "a process of their own" if count == 1 else f"{count} processes"
+        print(f"loading pictures in {own}: a batch takes {1000 * one:.0f} ms to make", flush=True)
     return count
 
 
