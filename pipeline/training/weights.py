@@ -66,7 +66,10 @@ def save_state(path: Path, state: "Mapping[str, Tensor]", *, metadata: dict[str,
     # safetensors takes neither other memory formats nor tensors that share memory
     copies = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
     with fresh_file(path) as beside:
+        beside.touch()
+        usual = beside.stat().st_mode
         save_file(copies, beside, metadata=metadata)
+        beside.chmod(usual)  # safetensors lets nobody else read its files
 
 
 def save_model(path: Path, net: "nn.Module", card: ModelCard) -> None:

@@ -68,6 +68,12 @@ def test_model_file_gives_back_net_and_card(name: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+def test_model_file_may_be_read_by_whom_any_new_file_may(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    save_model(tmp_path / "model.safetensors", build("scratch/lenet5", in_chans=1), CARD)
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_failed_save_leaves_the_earlier_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.safetensors"
     save_model(path, build("scratch/lenet5", in_chans=1), CARD)
