@@ -23,6 +23,7 @@ from common import ROOT, Done, has_bf16, later, refuse, run
 from pipeline import config, paths
 from pipeline.data import catalog
 from pipeline.errors import UserError
+from pipeline.parameters import Config
 
 KEPT = ROOT / "data/cache/bench"
 PYTHON = sys.executable
@@ -75,14 +76,14 @@ class Project:
             self._prepare()
             done.touch()
         self._write(self.settings)
-        self.config = config.load(self.folder / "params.yaml")
+        self.config = checked(self.folder / "params.yaml")
 
     def _prepare(self) -> None:
         (self.folder / "models").mkdir(parents=True)
         (self.folder / "data/raw").mkdir(parents=True)
         shutil.copyfile(ROOT / paths.NO_WEIGHTS, self.folder / paths.NO_WEIGHTS)
         self._write(self.settings)
-        name = config.load(self.folder / "params.yaml").data.name
+        name = checked(self.folder / "params.yaml").data.name
         if name == "image_folder":
             self.stage("download")
         else:
@@ -203,6 +204,18 @@ class Project:
 def _top1(line: str) -> float | None:
     found = EPOCH_LINE.match(line)
     return float(found[1]) if found else None
+
+
+def checked(path: Path, *, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The parameters of a file.
+
+    Raises:
+        SystemExit: 2, with one line, where they are not right.
+    """
+    try:
+        return config.load(path, overrides=overrides)
+    except UserError as error:
+        refuse(str(error))
 
 
 def chosen(asked: Namespace) -> dict[str, Any]:

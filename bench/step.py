@@ -26,11 +26,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from common import ROOT, Bench, Comparison, Target, has_bf16, parser, ratios, rounds
-from pipeline import config, machine, nets
+from pipeline import machine, nets
 from pipeline.parameters import TrainParams
 from pipeline.training import optim, schedule
 from pipeline.training.classifier import Classifier
 from pipeline.training.fit import fit
+from project import checked
 
 CLASSES = 10
 EPOCHS = 3
@@ -138,7 +139,7 @@ def _params(case: "Case") -> TrainParams:
         "average": "none",
         "precision": case.precision,
     }
-    return config.load(ROOT / "params.yaml", overrides={f"train.{key}": value for key, value in knobs.items()}).train
+    return checked(ROOT / "params.yaml", overrides={f"train.{key}": value for key, value in knobs.items()}).train
 
 
 class Case(NamedTuple):

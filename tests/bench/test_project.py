@@ -76,3 +76,16 @@ def test_a_change_of_settings_pictures_or_the_data_code_prepares_anew(
     assert len({first, of_pictures, project._key({"augment.px": 64}, photographs)}) == 3
     (root / "pipeline/data/store.py").write_text("c")
     assert project._key({"augment.px": 64}, None) != first
+
+
+def test_parameters_that_are_not_right_are_refused_in_one_line(
+    project: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text((project.ROOT / "params.yaml").read_text().replace("batch_size: 64", "batch_size: -1"))
+    with pytest.raises(SystemExit) as stopped:
+        project.checked(path)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "train.batch_size" in said[0]
