@@ -82,7 +82,7 @@ def _lenet(bench: Bench, asked: argparse.Namespace) -> None:
     }
     found = rounds(turns, number=asked.pairs)
     ours = found.pop("Thaw")
-    for (name, theirs), target in zip(found.items(), (BARE, None, USUAL), strict=True):
+    for (name, theirs), target in zip(found.items(), (BARE, BARE, USUAL), strict=True):
         bench.comparisons.append(
             Comparison(
                 name=f"LeNet-5 on {spec['train']:,} pictures of Fashion-MNIST, shift and flip, against the {name}",

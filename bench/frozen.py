@@ -5,9 +5,9 @@
 The head of tf_efficientnet_lite0 is trained at 224 px on a folder of photographs (drawn ones where none are given), in
 one phase with strength 0, so that every epoch sees the same pictures.
 
-    forward   5 and 50 frozen epochs of Thaw against one bare pass over the same packed pictures, a cost: a plain one
-              (fp32, default memory format), of which they cost at most 1.3, and, without a target, one in Thaw's own
-              precision and memory format that keeps freed memory as Thaw does
+    forward   5 and 50 frozen epochs of Thaw against one bare pass over the same packed pictures, a cost of at most 1.3:
+              a plain pass (fp32, default memory format), and one in Thaw's own precision and memory format that keeps
+              freed memory as Thaw does
     plain     5 epochs of the plain PyTorch loop (peers/plain.py), as in its tutorial and with its batch norms frozen as
               well, or, with --peers, of fastai's fit_one_cycle (peers/fastai_learner.py): their time by Thaw's, at
               least 8, at an accuracy within Thaw's 95% interval or below it
@@ -147,7 +147,7 @@ def _forward(bench: Bench, side: _Sides, asked: argparse.Namespace) -> None:
                     name=f"{count} frozen epochs against {name}, {NET} at {side.px} px",
                     ratio_of="Thaw's phase / forward pass (a cost)",
                     ratios=ratios(phases, found[name]),
-                    target=COST if passes[name] else None,
+                    target=COST,
                     sides={"Thaw's phase, s": phases, "forward pass, s": found[name]},
                 )
             )

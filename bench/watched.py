@@ -55,6 +55,7 @@ def sample() -> None:
 if __name__ == "__main__":
     timed(fit.L.Trainer, "fit", "fit")
     timed(checkpoints.Checkpoints, "_save", "checkpoints")
+    timed(checkpoints.Checkpoints, "_hold", "checkpoints")
     timed(tracking.Run, "log_metrics", "logged")
     timed(tracking.Run, "_send", "sent", clock=time.thread_time)
     threading.Thread(target=sample, daemon=True).start()

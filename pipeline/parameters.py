@@ -243,7 +243,8 @@ class TrainParams(Params):
     profile: Annotated[bool, Operational] = False
     """Trace a few steps of each phase, as models/NET/train/trace_PHASE.json.gz."""
     checkpoint_every: Annotated[int, Field(ge=1), Operational] = 100
-    """Optimiser steps between two checkpoints; each epoch's end and a stop's signal make one as well."""
+    """Optimiser steps between two checkpoints; an epoch's end makes one as well. One process makes none within 5 s of
+    the last, but for a phase's end and a stop's signal."""
     accelerator: Annotated[Literal["auto", "cpu", "gpu", "mps"], Operational] = "auto"
     """Lightning's accelerator."""
     devices: Annotated[Literal["auto"] | Annotated[int, Field(ge=1)], Operational] = 1

@@ -33,7 +33,7 @@ NOTED_S = 20.0
 """Seconds of work between two notes of what is there: what a kill costs at most."""
 
 CachedBatch = tuple[tuple[Tensor, ...], Tensor]
-"""The tensors that cross the cut, float32 [B, ...], and labels int64 [B]."""
+"""The tensors that cross the cut [B, ...], in the precision in which they are kept, and labels int64 [B]."""
 
 
 class FeatureCache:
@@ -92,16 +92,14 @@ class FeatureCache:
         """Makes the rows that are not there yet, and gives back how many those were.
 
         One process at a time does so; what it had made when it was killed is there. The caches that were used longest
-        ago make room.
+        ago make room, but for those that are being filled: two that are filled at once may pass the limit together,
+        until the next is.
 
         Args:
             make: gives the tensors of rows, some rows at a time.
             limit: bytes of all caches together, which `wanted` alone does not exceed.
         """
-        try:
-            self._base.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise UserError(f"{self._base} must be a folder: something else is in its place; remove it") from None
+        _make_folder(self._base)
         with FileLock(self._lock(self.folder)):
             sums = self._sums()
             missing = wanted[self._absent(wanted, sums)]
@@ -118,12 +116,12 @@ class FeatureCache:
         return len(missing)
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, ...]:
-        """The tensors of some rows, float32 [len(rows), ...]; the rows must be there."""
+        """The tensors of some rows, each [len(rows), ...] of the cache's dtype; the rows must be there."""
         if self._files is None:
             self._files = self._mapped(shared=False)
         numbers = torch.from_numpy(rows)
         return tuple(
-            self._shaped(file.index_select(0, numbers).float(), shape)
+            self._shaped(file.index_select(0, numbers), shape)
             for file, shape in zip(self._files, self._shapes, strict=True)
         )
 
@@ -228,6 +226,17 @@ def _summed(files: Sequence[Tensor], rows: np.ndarray) -> np.ndarray:
     return found
 
 
+def _make_folder(base: Path) -> None:
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{base} must be a folder: something else is in its place; remove it") from None
+    except OSError as error:
+        raise UserError(f"{base} cannot be made: {error.strerror}; mend that, or set train.cache=none") from None
+    if not os.access(base, os.W_OK | os.X_OK):
+        raise UserError(f"{base} must be writable: change its permissions, or set train.cache=none")
+
+
 def _make_room(base: Path, limit: float, *, keep: Path) -> None:
     """Removes the caches used longest ago until the others take no more than `limit` bytes."""
     with FileLock(base / "room.lock"):
@@ -255,15 +264,18 @@ def _unless_busy(folder: Path) -> Iterator[bool]:
 
 
 def _last_used(folder: Path) -> float:
-    facts = folder / FACTS
-    return facts.stat().st_mtime if facts.exists() else 0.0
+    try:
+        return (folder / FACTS).stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _size(folder: Path) -> int:
     total = 0
-    for file in folder.iterdir():
-        with suppress(FileNotFoundError):  # one that was written beside, and is renamed by now
-            total += file.stat().st_blocks * 512
+    with suppress(FileNotFoundError):  # a folder whose owner makes it anew
+        for file in folder.iterdir():
+            with suppress(FileNotFoundError):  # one that was written beside, and is renamed by now
+                total += file.stat().st_blocks * 512
     return total
 
 

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -24,18 +25,22 @@ from pipeline.errors import UserError
 from pipeline.outbox import warn
 
 CHECKPOINTS = LAST, BEFORE, BEST = "last.ckpt", "before.ckpt", "best.ckpt"
+SPACED_S = 5.0
+"""Seconds after a checkpoint in which none is due: of quick steps and short epochs it would be a large part."""
 LEADER_S = 20.0
 """Seconds that a rank that was told to stop waits for the leader to do so."""
 
 
 class Checkpoints(L.Callback):
-    """Writes last.ckpt every so many steps, at each epoch's end and on a signal to stop.
+    """Writes last.ckpt every so many steps, at each epoch's end, and on a signal to stop.
 
-    After an epoch that is the best so far, the same file is best.ckpt as well. The one before last.ckpt is kept as
+    Where steps or epochs are short, those that would follow the last one within some seconds are left out, but for the
+    phase's end and the signal. After an epoch that is the best so far, the same file is best.ckpt as well; where none
+    is written then, the epoch's state waits in memory for the next that is. The one before last.ckpt is kept as
     before.ckpt, in case that the last cannot be read.
 
     Args:
-        every: optimiser steps between two checkpoints within an epoch.
+        every: optimiser steps between two checkpoints within an epoch, at least.
         monitor, mode: what the best is judged by; mode is min or max.
         patience: epochs without a better one before the phase ends; 0 for never.
         steps: optimiser steps after which the phase ends; 0 for after its epochs.
@@ -61,7 +66,10 @@ class Checkpoints(L.Callback):
         self._bad_epochs = 0
         self._better = False
         """Whether the epoch that has just been validated is the best, and not kept as such yet."""
-        self._saved_at = -1
+        self._waiting: dict[str, Any] | None = None
+        """The best's state, where it is on disk nowhere yet."""
+        self._saved_at, self._saved_when = -1, 0.0
+        """Optimiser step and time of the last checkpoint."""
         self.stop = Stop()
 
     def state_dict(self) -> dict[str, Any]:
@@ -75,7 +83,7 @@ class Checkpoints(L.Callback):
         # Lightning's handler broadcasts to the other ranks, which may be in another collective; then it lets the
         # stage end with 0, and DVC would record a half-trained model.
         self.stop.listen()
-        self._saved_at = trainer.global_step
+        self._saved_at, self._saved_when = trainer.global_step, time.monotonic()
         self._end_if_over(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
@@ -87,7 +95,7 @@ class Checkpoints(L.Callback):
             return
         if self.stop.asked:
             self._stop_here(trainer)
-        elif step % self._every == 0:
+        elif step % self._every == 0 and self._is_due(trainer):
             self._save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:  # noqa: ARG002
@@ -101,8 +109,12 @@ class Checkpoints(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:  # noqa: ARG002
         if self.stop.asked:
             self._stop_here(trainer)
-        self._save(trainer)
         self._end_if_over(trainer)
+        over = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        if over or self._is_due(trainer):
+            self._save(trainer)
+        elif self._better:
+            self._hold(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:  # noqa: ARG002
         # Every rank goes on with the best weights, which the leader alone may not have put in place yet.
@@ -110,6 +122,10 @@ class Checkpoints(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:  # noqa: ARG002
         self.stop.deafen()
+
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        # Several ranks would have to agree on the time, which costs them more than it spares.
+        return trainer.world_size > 1 or time.monotonic() - self._saved_when >= SPACED_S
 
     def _end_if_over(self, trainer: L.Trainer) -> None:
         tired = 0 < self._patience <= self._bad_epochs
@@ -123,15 +139,26 @@ class Checkpoints(L.Callback):
         if alone:
             # The ranks' states are the same after every step, so the leader's is the whole one.
             if trainer.is_global_zero:
-                state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-                trainer.strategy.checkpoint_io.save_checkpoint(state, beside)
+                trainer.strategy.checkpoint_io.save_checkpoint(_dump(trainer), beside)
         else:
             trainer.save_checkpoint(beside)
         if trainer.is_global_zero:
             self._sync()
+            if self._waiting is not None and not self._better:
+                self._write_best(trainer, self._waiting)
             _put_in_place(beside, best=self._better)
-        self._better = False
-        self._saved_at = trainer.global_step
+        self._better, self._waiting = False, None
+        self._saved_at, self._saved_when = trainer.global_step, time.monotonic()
+
+    def _hold(self, trainer: L.Trainer) -> None:
+        self._waiting, self._better = deepcopy(_dump(trainer)), False
+
+    def _write_best(self, trainer: L.Trainer, state: dict[str, Any]) -> None:
+        """Before last.ckpt says which epoch was the best: a kill between the two leaves epochs to be trained again."""
+        beside = self._folder / f".{BEST}.part"
+        trainer.strategy.checkpoint_io.save_checkpoint(state, beside)
+        _sync_file(beside)
+        beside.replace(self._folder / BEST)
 
     def _stop_here(self, trainer: L.Trainer) -> None:
         if not trainer.is_global_zero:
@@ -260,8 +287,7 @@ def write_whole(path: Path, net: torch.nn.Module, target: Path) -> None:
 def _put_in_place(beside: Path, *, best: bool) -> None:
     """Makes a whole file the last checkpoint, after making it the best one where it is that, too."""
     folder = beside.parent
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
+    _sync_file(beside)
     if best:
         _also(beside, folder / BEST)
     if (folder / LAST).exists():
@@ -279,9 +305,19 @@ def _also(path: Path, name: Path) -> None:
         beside.hardlink_to(path)
     except OSError:
         shutil.copyfile(path, beside)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync_file(beside)
     beside.replace(name)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _dump(trainer: L.Trainer) -> dict[str, Any]:
+    """All that a checkpoint holds, as this rank has it."""
+    state: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    return state
 
 
 @contextmanager

@@ -119,8 +119,7 @@ def fit(
     recorder = Recorder(phase=phase.name, first_epoch=first_epoch, first_step=first_step, log=log, waits=waits)
     norms = GradientNorms(first_epoch=first_epoch)
     epochs = phase.epochs_of(module.pictures)
-    batches = 1 if params.fast_dev_run else epochs * phase.steps_an_epoch(module.pictures) * phase.accumulate
-    trace = Trace(folder / TRACE, batches=batches)
+    trace = Trace(folder / TRACE, steps=1 if params.fast_dev_run else phase.total_steps(module.pictures))
     asked = [*([norms] if params.gradient_norms else []), *([trace] if params.profile else [])]
     # The keeper last: what it writes holds what the others have just noted.
     callbacks = [recorder, *asked, *_optional_callbacks(), keeper]

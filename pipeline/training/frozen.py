@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from pipeline import machine, paths
 from pipeline.data import draws, pixels, transforms, workers
+from pipeline.data import store as store_module
 from pipeline.data.datamodule import Pictures
 from pipeline.data.features import CachedPictures, FeatureCache
 from pipeline.data.store import Store
@@ -195,7 +196,7 @@ class _Work:
         params = self._params
         size = max(1, self._phase.batch_size // self._phase.accumulate)
         pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
-        batches = [[(int(row) // len(self._store), int(row) % len(self._store)) for row in piece] for piece in pieces]
+        batches = [np.stack(np.divmod(piece, len(self._store)), axis=1) for piece in pieces]
         count = params.workers
         if count == "auto":
             count = workers.auto(
@@ -226,7 +227,8 @@ class _Work:
 
 def _preparation() -> str:
     """What the pixels that the net sees follow from, beside the parameters: our code, and that of others."""
-    ours = "".join(inspect.getsource(module) for module in (draws, pixels, transforms, normalize))
+    makers = (draws, pixels, transforms, normalize, store_module, Pictures, _Work)
+    ours = "".join(inspect.getsource(maker) for maker in makers)
     others = ", ".join(
         f"{name} {metadata.version(name)}" for name in ("albumentations", "numpy", "opencv-python-headless")
     )

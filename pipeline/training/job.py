@@ -137,7 +137,8 @@ def _lead(job: Job, net: nn.Module, card: ModelCard, phases: list[Phase], origin
         cached = [phase.name for phase, plan in zip(phases, plans, strict=True) if plan.cut is not None]
         train = tuning.tuned(job.config, job.store, net, card, phases=phases, cached=cached, progress=progress)
         if progress.tuned:
-            tracked.set_tags({f"auto_tune.{key}": str(value) for key, value in progress.tuned["choice"].items()})
+            if progress.tuned["table"]:
+                tracked.set_tags({f"auto_tune.{key}": str(value) for key, value in progress.tuned["choice"].items()})
             tracked.log_params({f"train.{key}": value for key, value in progress.tuned["choice"].items()})
             job = replace(job, config=job.config.model_copy(update={"train": train}))
         outcomes = _train(job, net, card, phases, plans, progress, log=log, sync=tracked.sync)

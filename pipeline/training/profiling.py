@@ -11,10 +11,11 @@ from lightning.pytorch.profilers import Profiler
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from pipeline.files import fresh_file
+from pipeline.outbox import warn
 
 TRACE = "trace.json.gz"
 WAIT, WARM, ACTIVE = 2, 2, 5
-"""Steps that a trace leaves out, throws away, and keeps; a shorter phase is traced as a whole."""
+"""Batches that a trace leaves out, throws away, and keeps; where fewer are left, all of them are kept."""
 
 
 class DataWait(Profiler):
@@ -44,13 +45,11 @@ class Trace(L.Callback):
 
     Args:
         path: the file, ending in .json.gz; where it is there already, nothing is traced again.
-        batches: that the phase trains on at most.
+        steps: optimiser steps of the phase at most.
     """
 
-    def __init__(self, path: Path, *, batches: int) -> None:
-        self._path = path
-        long = batches >= WAIT + WARM + ACTIVE
-        self._steps = schedule(wait=WAIT, warmup=WARM, active=ACTIVE, repeat=1) if long else None
+    def __init__(self, path: Path, *, steps: int) -> None:
+        self._path, self._steps = path, steps
         self._profile: profile | None = None
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:  # noqa: ARG002, Lightning's signature
@@ -61,9 +60,12 @@ class Trace(L.Callback):
             activities.append(ProfilerActivity.CUDA)
         else:  # of which the profiler's library would complain on stderr
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+        # Of a phase that goes on, what is left of it; none where it is over.
+        left = (self._steps - trainer.global_step) * trainer.accumulate_grad_batches
+        long = left >= WAIT + WARM + ACTIVE
         self._profile = profile(
             activities=activities,
-            schedule=self._steps,
+            schedule=schedule(wait=WAIT, warmup=WARM, active=ACTIVE, repeat=1) if long else None,
             on_trace_ready=self._write,
         )
         self._profile.start()
@@ -75,7 +77,10 @@ class Trace(L.Callback):
                 self._stop()
 
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:  # noqa: ARG002
+        traced = self._profile is not None
         self._stop()
+        if traced and not self._path.exists():
+            warn("train.profile: the phase ended before a trace could be taken; none is logged for it")
 
     def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:  # noqa: ARG002
         self._stop()

@@ -2,11 +2,12 @@
 
 The trial takes real batches through a copy of the net: the net itself, its buffers and the state of every random
 generator are left as they were. What it chose is kept below data/cache/tuned by all that it depends on, and a later
-training of the like takes it from there.
+training of the same length takes it from there.
 """
 
 import hashlib
 import json
+import math
 import platform
 import random
 import statistics
@@ -36,10 +37,12 @@ from pipeline.training.weights import ModelCard
 
 WARM, STEPS = 3, 20
 """Steps before those that count, and those, of each way of computing."""
+FEWEST = 5
+"""Steps that count however long they take: the median of fewer may be noise."""
+LONGEST_S = 10.0
+"""Seconds after which a way has been seen for long enough, if the fewest steps are done."""
 PAYS = 3
 """Times the steps of a whole trial that a phase must have: with fewer it costs more than the fastest way gains."""
-LONGEST_S = 10.0
-"""Seconds after which a way has been seen for long enough, whatever its steps."""
 BATCHES = 4
 """Real batches that the steps go through in turn."""
 COMPILED_AFTER_S = 1800.0
@@ -134,21 +137,27 @@ def _settled(
 ) -> tuple[Choice, list[Row]]:
     """What a training of the like found, or a trial, or, where that does not pay, what is set, without rows."""
     params = config.train
-    key = key_of(config.model, params, phase, px=card.px)
-    if (found := known(key, total_steps=total_steps)) is not None:
-        return found
-    least = PAYS * len(_ways(machine.device(params.accelerator))) * (WARM + STEPS)
-    if total_steps < least:
+    key = key_of(config.model, params, phase, px=card.px, total_steps=total_steps)
+    if (found := known(key)) is None:
+        found = _tried(params, store, net, card, phase=phase, total_steps=total_steps)
+        keep(key, *found)
+    if not found[1]:
         print(
-            f"auto_tune: phase {phase.name} computes {total_steps} steps, and a trial pays from {least} on: "
-            "it computes as it is set",
+            f"auto_tune: the {total_steps:,} steps of phase {phase.name} are too few to try it: as it is set",
             flush=True,
         )
-        return Choice(**{choice.name: getattr(params, choice.name) for choice in fields(Choice)}), []
-    print(f"auto_tune: trying phase {phase.name} for a few steps", flush=True)
-    found = _tried(params, store, net, card, phase=phase, total_steps=total_steps)
-    keep(key, *found)
     return found
+
+
+def pays(total_steps: int, *, ways: int, step_s: Callable[[], float]) -> bool:
+    """Whether a phase is long enough for a trial.
+
+    Args:
+        ways: of computing that are tried.
+        step_s: finds out how long a step takes, in seconds; called where the answer depends on it.
+    """
+    each = total_steps / (PAYS * ways) - WARM if PAYS else math.inf
+    return each >= FEWEST and (each >= STEPS or each >= LONGEST_S / step_s() - WARM)
 
 
 def choose(
@@ -157,17 +166,27 @@ def choose(
     *,
     device: torch.device,
     total_steps: int,
+    as_set: Choice,
 ) -> tuple[Choice, list[Row]]:
     """The fastest way to compute a phase, and the trial's table.
 
     Args:
         make: a Classifier of the phase that computes in that way, on a copy of the net.
         load: the phase's training batches, loaded by so many worker processes.
-        total_steps: optimiser steps of the phase, which compiling must pay for itself in.
+        total_steps: optimiser steps of the phase, which the trial and compiling must pay for themselves in.
+        as_set: what is taken where the trial would not, without rows.
     """
+    ways = _ways(device)
     with untouched_randomness():
         batches = list(islice(load(0), BATCHES))
-        paces = {way: pace(make(way), cycle(batches), device=device) for way in _ways(device)}
+
+        def step_s() -> float:
+            return pace(make(ways[0]), cycle(batches), device=device, steps=1).step
+
+        if not pays(total_steps, ways=len(ways), step_s=step_s):
+            return as_set, []
+        print("auto_tune: trying a few steps", flush=True)
+        paces = {way: pace(make(way), cycle(batches), device=device) for way in ways}
         best = fastest({way: found.step for way, found in paces.items()})
         plain = paces[best].step * total_steps
         if plain > COMPILED_AFTER_S:
@@ -185,8 +204,13 @@ def choose(
     return Choice(**best._asdict(), workers=workers), rows
 
 
-def pace(module: Classifier, batches: Iterable[Batch], *, device: torch.device) -> Pace:
-    """Times the optimiser steps of a module that is there for nothing else, on batches that do not end."""
+def pace(module: Classifier, batches: Iterable[Batch], *, device: torch.device, steps: int = STEPS) -> Pace:
+    """Times the optimiser steps of a module that is there for nothing else, on batches that do not end.
+
+    Args:
+        steps: that count, at most.
+    """
+    least = WARM + min(FEWEST, steps)
     module.to(device)
     phase = module.phase
     optimizer = optim.optimizer(
@@ -201,7 +225,7 @@ def pace(module: Classifier, batches: Iterable[Batch], *, device: torch.device) 
     coming = iter(batches)
     seconds: list[float] = []
     began = time.perf_counter()
-    while len(seconds) < WARM + STEPS and (len(seconds) <= WARM or time.perf_counter() - began < LONGEST_S):
+    while len(seconds) < WARM + steps and (len(seconds) < least or time.perf_counter() - began < LONGEST_S):
         start = time.perf_counter()
         for _ in range(phase.accumulate):
             pixels, labels = next(coming)
@@ -243,30 +267,24 @@ def untouched_randomness() -> Iterator[None]:
     np.random.set_state(legacy)
 
 
-def known(key: str, *, total_steps: int) -> tuple[Choice, list[Row]] | None:
-    """What an earlier training of the like found on this machine.
-
-    None where there is none, or none that can be read, or one that tried compiling where so many steps do not, or did
-    not where they do.
-    """
+def known(key: str) -> tuple[Choice, list[Row]] | None:
+    """What an earlier training of the like took on this machine; None where there is none that can be read."""
     try:
         found = json.loads(_kept(key).read_text(encoding="utf-8"))
-        choice, rows = Choice(**found["choice"]), [Row(**row) for row in found["table"]]
-        plain_s = min(row.step_ms for row in rows if not row.compile) / 1000 * total_steps
+        return Choice(**found["choice"]), [Row(**row) for row in found["table"]]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return (choice, rows) if any(row.compile for row in rows) == (plain_s > COMPILED_AFTER_S) else None
 
 
 def keep(key: str, choice: Choice, rows: list[Row]) -> None:
-    """Keeps a trial for later trainings of the like."""
+    """Keeps what a training takes for later ones of the like."""
     with fresh_file(_kept(key)) as path:
         kept = {"choice": asdict(choice), "table": [asdict(row) for row in rows]}
         path.write_text(json.dumps(kept, indent=2), encoding="utf-8")
 
 
-def key_of(model: ModelParams, params: TrainParams, phase: Phase, *, px: int) -> str:
-    """Names all that a trial's outcome depends on: machine, torch, net, pictures, step."""
+def key_of(model: ModelParams, params: TrainParams, phase: Phase, *, px: int, total_steps: int) -> str:
+    """Names all that a choice depends on: machine, torch, net, pictures, step, how many steps, and what is set."""
     device = machine.device(params.accelerator)
     facts = {
         "machine": [platform.node(), platform.machine(), processor(), machine.cores(), torch.get_num_threads()],
@@ -277,7 +295,9 @@ def key_of(model: ModelParams, params: TrainParams, phase: Phase, *, px: int) ->
         "batch": [phase.batch_size, phase.accumulate],
         "trainable": phase.trainable,
         "optimizer": phase.optimizer,
+        "steps": total_steps,
         "train": params.model_dump(include=COUNTS),
+        "as set": asdict(_as_set(params)),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
@@ -333,7 +353,12 @@ def _tried(
             workers=workers,
         ).train_dataloader()
 
-    return choose(make, load, device=machine.device(params.accelerator), total_steps=total_steps)
+    device = machine.device(params.accelerator)
+    return choose(make, load, device=device, total_steps=total_steps, as_set=_as_set(params))
+
+
+def _as_set(params: TrainParams) -> Choice:
+    return Choice(**{choice.name: getattr(params, choice.name) for choice in fields(Choice)})
 
 
 def _ways(device: torch.device) -> list[Way]:

@@ -2,6 +2,9 @@
 
 import os
 import pickle
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,8 +66,8 @@ def test_bf16_takes_half_the_disk_and_rounds(tmp_path: Path) -> None:
         cache.fill(rows, _maker([]), limit=LIMIT)
     assert caches[0].row_bytes == 2 * caches[1].row_bytes
     for found, exact in zip(caches[1].read(rows), _numbers(rows), strict=True):
-        assert found.dtype == torch.float32
-        assert torch.equal(found, exact.bfloat16().float())
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, exact.bfloat16())
 
 
 def test_what_was_made_before_a_kill_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,3 +214,51 @@ def test_epochs_take_the_views_by_turns(tmp_path: Path) -> None:
         assert found.tolist() == [1, 2]
         expected = _numbers(np.array([epoch % 3 * 4 + 3, epoch % 3 * 4]))
         assert all(torch.equal(one, other) for one, other in zip(tensors, expected, strict=True))
+
+
+FILLER = """
+import sys, time
+from pathlib import Path
+import numpy as np, torch
+from pipeline.data.features import FeatureCache
+base, log = Path(sys.argv[1]), Path(sys.argv[2])
+def make(rows):
+    for row in rows:
+        time.sleep(0.005)
+        with log.open("a") as file:
+            print(row, file=file)
+        yield np.array([row]), [torch.full((1, 3), float(row))]
+cache = FeatureCache(base, facts={"net": "a"}, shapes=[(3,)], dtype=torch.float32, rows=40, channels_last=False)
+cache.fill(np.arange(40), make, limit=1e9)
+assert cache.read(np.arange(40))[0][:, 2].tolist() == list(range(40))
+"""
+
+
+def test_processes_that_ask_together_make_each_row_once(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", FILLER, str(tmp_path / "caches"), str(log)]
+    running = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in running:
+        _, told = process.communicate(timeout=120)
+        assert process.returncode == 0, told
+    assert sorted(int(row) for row in log.read_text().split()) == list(range(40))
+
+
+def test_a_cache_that_goes_while_room_is_made_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = _cache(tmp_path, weights="1")
+    gone.fill(np.arange(20), _maker([]), limit=LIMIT)
+    last_used = features._last_used
+
+    def going(folder: Path) -> float:
+        shutil.rmtree(folder)
+        return last_used(folder)
+
+    monkeypatch.setattr(features, "_last_used", going)
+    assert _cache(tmp_path, weights="2").fill(np.arange(20), _maker([]), limit=LIMIT) == 20
+
+
+def test_a_folder_that_takes_nothing_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features.os, "access", lambda *_: False)  # whom permissions stop, root is not
+    with pytest.raises(UserError, match=r"must be writable: change its permissions, or set train\.cache=none"):
+        _cache(tmp_path).fill(np.arange(20), _maker([]), limit=LIMIT)

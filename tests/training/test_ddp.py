@@ -15,7 +15,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from pipeline import tracking
+from pipeline import nets, tracking
 from pipeline.data import store
 from pipeline.data.store import Row
 from pipeline.training import weights
@@ -27,8 +27,8 @@ NET = "scratch/lenet5"
 PX = 32
 
 
-def _project(folder: Path, *, devices: int, epochs: int) -> Path:
-    """A folder in which the train stage can run: parameters, packed pictures, and random weights to start from."""
+def _project(folder: Path, *, devices: int, epochs: int, pretrained: bool = False, **changed: Any) -> Path:
+    """A folder in which the train stage can run: parameters, packed pictures, and weights to start from."""
     settings: dict[str, dict[str, Any]] = {
         "data": {"name": "tiny"},
         "augment": {"px": PX},
@@ -43,6 +43,7 @@ def _project(folder: Path, *, devices: int, epochs: int) -> Path:
                 "one": {"epochs": 1, "trainable": "head", "lr": 0.01},
                 "two": {"epochs": epochs, "trainable": "all", "lr": 0.01, "scheduler": "constant"},
             },
+            **changed,
         },
         "tracking": {"log_model": False, "system_metrics": False},
     }
@@ -53,7 +54,11 @@ def _project(folder: Path, *, devices: int, epochs: int) -> Path:
     folder.mkdir()
     yaml.dump(params, folder / "params.yaml")
     (folder / "models" / "pretrained" / NET).mkdir(parents=True)
-    Origin(start="random", source="a test").write(folder / "models" / "pretrained" / NET)
+    Origin(start="file" if pretrained else "random", source="a test").write(folder / "models" / "pretrained" / NET)
+    if pretrained:
+        torch.manual_seed(0)
+        state = nets.build(NET, num_classes=5, in_chans=3).state_dict()
+        weights.save_state(folder / "models" / "pretrained" / NET / "weights.safetensors", state)
 
     packed = folder / "data" / "prepared" / "tiny"
     packed.mkdir(parents=True)
@@ -98,6 +103,31 @@ def test_two_processes_give_the_figures_and_the_weights_of_one(trained: dict[int
     alone, together = (weights.load_model(file)[0].state_dict() for file in files)
     for name, value in alone.items():
         assert torch.allclose(value, together[name], atol=1e-5), name
+
+
+def test_two_processes_compute_frozen_layers_once_and_share_them(tmp_path: Path) -> None:
+    phases = {
+        "head": {"epochs": 2, "trainable": "head", "lr": 0.01},
+        "top": {"epochs": 1, "trainable": "last:1", "lr": 0.01},
+    }
+    figures, states = [], []
+    for devices, cache in ((1, "none"), (2, "fp32")):
+        folder = _project(
+            tmp_path / cache, devices=devices, epochs=1, pretrained=True, phases=phases, transforms={}, cache=cache
+        )
+        process = _start(folder)
+        printed, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, printed
+        figures.append(pd.read_csv(folder / "models" / "curves.csv"))
+        states.append(weights.load_model(folder / "models" / NET / "train" / "model.safetensors")[0].state_dict())
+    for phase in phases:
+        told = sorted(line.split("layers ")[1] for line in printed.splitlines() if line.startswith(f"{phase}: frozen"))
+        assert [line.split(" pictures")[0] for line in told] == ["computed for 0", "computed for 23"], printed
+        assert [line.rpartition(" ")[2] for line in told] == ["23", "0"]
+    for column in ("train/loss", "train/top1", "val/loss", "val/top1"):
+        assert np.allclose(figures[0][column], figures[1][column], atol=1e-5), column
+    for name, value in states[0].items():
+        assert torch.allclose(value, states[1][name], atol=1e-5), name
 
 
 def test_two_processes_make_one_run_with_each_point_once(

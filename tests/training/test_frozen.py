@@ -1,5 +1,6 @@
 """Frozen work is done once, and the training is the same as if it had been done in every step."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,9 @@ def test_what_is_trained_is_the_same_with_and_without(
     results = []
     for cache in ("fp32", "none"):
         net = _net(name, **given)
-        rows = _trained(net, pictures, tmp_path / cache, cache=cache, phase={"trainable": trainable}, average="ema")
+        changed: dict[str, Any] = {"cache": cache, "phase": {"trainable": trainable}, "average": "ema"}
+        assert (_planned(net, **copy.deepcopy(changed))[2].cut is not None) == (cache == "fp32")
+        rows = _trained(net, pictures, tmp_path / cache, **changed)
         results.append((net.state_dict(), rows))
     (kept, kept_rows), (again, again_rows) = results
     for key, value in kept.items():

@@ -57,10 +57,10 @@ KEPT = {
 DRIVER = """
 import os, signal, sys
 from pipeline.__main__ import main
-from pipeline.training import progress, results
+from pipeline.training import checkpoints, progress, results
 from pipeline.training.classifier import Classifier
 
-where, name = sys.argv[1], getattr(signal, sys.argv[2])
+where, name, checkpoints.SPACED_S = sys.argv[1], getattr(signal, sys.argv[2]), float(sys.argv[3])
 phase, _, place = where.partition(":")
 def kill():
     os.kill(os.getpid(), name)
@@ -113,9 +113,12 @@ def _project(folder: Path, **changed: Any) -> Path:
     return folder
 
 
-def _run(folder: Path, stop: str = "never", how: str = "SIGKILL") -> "subprocess.CompletedProcess[str]":
+def _run(
+    folder: Path, stop: str = "never", how: str = "SIGKILL", *, spaced: float = 0.0
+) -> "subprocess.CompletedProcess[str]":
+    """Trains, up to where it is stopped; every epoch's end writes a checkpoint, unless they are to be `spaced`."""
     return subprocess.run(
-        [sys.executable, "-c", DRIVER, stop, how],
+        [sys.executable, "-c", DRIVER, stop, how, str(spaced)],
         cwd=folder,
         env={**os.environ, "DVC_ROOT": str(folder), "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -226,6 +229,20 @@ def test_loading_workers_change_nothing_of_it(whole: Path, tmp_path: Path) -> No
     for stop in ("one:3", "one:val1", "two:5"):
         assert _run(folder, stop).returncode == -signal.SIGKILL, stop
     assert _run(folder).returncode == 0
+    _same(whole, folder)
+
+
+@pytest.mark.parametrize(
+    ("stops", "how"), [(("one:7", "two:4"), "SIGTERM"), (("one:5", "one:end", "two:6", "two:write"), "SIGKILL")]
+)
+def test_epochs_too_short_for_a_checkpoint_each_change_nothing_of_it(
+    stops: tuple[str, ...], how: str, whole: Path, tmp_path: Path
+) -> None:
+    folder = _project(tmp_path / "it", checkpoint_every=1000)
+    for stop in stops:
+        ended = _run(folder, stop, how, spaced=1000)
+        assert ended.returncode == (143 if how == "SIGTERM" else -signal.SIGKILL), (stop, ended.stderr)
+    assert _run(folder, spaced=1000).returncode == 0
     _same(whole, folder)
 
 

@@ -76,7 +76,7 @@ class _Stub:
         self.tried: list[Way] = []
         self.phases: set[str] = set()
 
-    def __call__(self, module: Classifier, batches: Any, *, device: torch.device) -> Pace:  # noqa: ARG002
+    def __call__(self, module: Classifier, batches: Any, *, device: torch.device, **_: Any) -> Pace:  # noqa: ARG002
         way = Way(module.precision, module._memory_format == torch.channels_last, module._params.compile)
         self.tried.append(way)
         self.phases.add(module.phase.name)
@@ -161,24 +161,60 @@ def test_a_later_training_takes_the_choice_without_a_trial_and_a_different_one_d
     assert len(stub.tried) == 2 * tried
 
 
-def test_a_short_training_is_not_kept_waiting_by_a_trial_and_takes_what_a_longer_one_found(
+def test_a_short_training_is_not_kept_waiting_by_a_trial_whatever_a_longer_one_found(
     pictures: Store, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stub = _Stub({PLAIN: 4.0, LAST: 3.0, BF16: 2.0, BF16_LAST: 1.0})
+    stub = _Stub({PLAIN: 0.04, LAST: 0.03, BF16: 0.02, BF16_LAST: 0.01})
     monkeypatch.setattr(tuning, "pace", stub)
     monkeypatch.setattr(tuning, "PAYS", 3)
     choice, progress = _tuned(pictures, _config(), here / "short")
     assert choice == {"precision": "32-true", "channels_last": True, "compile": False, "workers": "auto"}
     assert (stub.tried, progress.tuned) == ([], {"choice": choice, "table": []})
-    assert (
-        "phase all computes 4 steps, and a trial pays from 276 on: it computes as it is set" in capsys.readouterr().out
-    )
+    told = "auto_tune: the 4 steps of phase all are too few to try it: as it is set\n"
+    assert capsys.readouterr().out == told
     long = {"all": {"trainable": "all", "epochs": 138}}
-    choice, _ = _tuned(pictures, _config(phases=long), here / "long")
-    assert choice["precision"] == "bf16-mixed"
+    assert _tuned(pictures, _config(phases=long), here / "long")[0]["precision"] == "bf16-mixed"
+    capsys.readouterr()
     tried = len(stub.tried)
     assert _tuned(pictures, _config(), here / "short again")[0] == choice
     assert len(stub.tried) == tried
+    assert capsys.readouterr().out == told
+
+
+@pytest.mark.parametrize(
+    ("steps", "step_s", "expected", "asked"),
+    [
+        (95, 100.0, False, False),  # not even the fewest steps
+        (96, 100.0, True, True),  # slow steps: a few of them are a trial
+        (96, 1.25, True, True),
+        (96, 1.0, False, True),  # ten seconds of a way are ten steps
+        (120, 1.0, True, True),
+        (275, 0.01, False, True),
+        (276, 0.01, True, False),
+    ],
+)
+def test_a_trial_pays_where_it_takes_a_third_of_the_phase_at_most(
+    steps: int, step_s: float, expected: bool, asked: bool
+) -> None:
+    calls: list[float] = []
+
+    def measured() -> float:
+        calls.append(step_s)
+        return step_s
+
+    assert tuning.pays(steps, ways=4, step_s=measured) == expected
+    assert bool(calls) == asked
+
+
+def test_slow_steps_are_counted_often_enough_to_tell(
+    pictures: Store, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "LONGEST_S", 0.0)
+    counted: list[int] = []
+    median = tuning.statistics.median
+    monkeypatch.setattr(tuning.statistics, "median", lambda seconds: [counted.append(len(seconds)), median(seconds)][1])
+    _tuned(pictures, _config(), here / "progress")
+    assert counted == [tuning.FEWEST] * len(counted) != []
 
 
 def test_a_training_that_is_long_enough_to_be_compiled_is_tried_anew(
@@ -238,9 +274,9 @@ def test_a_kept_trial_that_cannot_be_read_is_made_again(here: Path, content: str
     assert here
     ways = {"precision": "32-true", "channels_last": True, "compile": False, "workers": 0}
     tuning.keep("a", tuning.Choice(**ways), [tuning.Row(**ways, step_ms=1.0, first_s=1.0, chosen=True)])
-    assert tuning.known("a", total_steps=9) is not None
+    assert tuning.known("a") is not None
     tuning._kept("a").write_text(content)
-    assert tuning.known("a", total_steps=9) is None
+    assert tuning.known("a") is None
 
 
 def test_phases_do_not_share_a_key() -> None:
@@ -248,5 +284,5 @@ def test_phases_do_not_share_a_key() -> None:
     phases: list[Phase] = schedule.plan(
         asked.train, nets.build("scratch/resnet20", num_classes=3), px=PX, random_start=False
     )
-    keys = {tuning.key_of(asked.model, asked.train, phase, px=PX) for phase in phases}
+    keys = {tuning.key_of(asked.model, asked.train, phase, px=PX, total_steps=9) for phase in phases}
     assert len(keys) == 2
