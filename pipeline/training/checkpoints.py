@@ -70,6 +70,8 @@ class Checkpoints(L.Callback):
         """The best's state, where it is on disk nowhere yet."""
         self._saved_at, self._saved_when = -1, 0.0
         """Optimiser step and time of the last checkpoint."""
+        self._step = 0
+        """The last one that was taken."""
         self.stop = Stop()
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,15 +85,17 @@ class Checkpoints(L.Callback):
         # Lightning's handler broadcasts to the other ranks, which may be in another collective; then it lets the
         # stage end with 0, and DVC would record a half-trained model.
         self.stop.listen()
-        self._saved_at, self._saved_when = trainer.global_step, time.monotonic()
+        self._step = self._saved_at = trainer.global_step
+        self._saved_when = time.monotonic()
         self._end_if_over(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
-        step = trainer.global_step
+        step, before, self._step = trainer.global_step, self._step, trainer.global_step
         if self._steps and step >= self._steps:
             trainer.should_stop = True  # after validation
-        # Lightning cannot resume between an epoch's last batch and its end: that checkpoint is the epoch's.
-        if trainer.is_last_batch or trainer.should_stop or step == self._saved_at:
+        # Lightning cannot resume between an epoch's last batch and its end: that checkpoint is the epoch's. Nor has a
+        # checkpoint room for the gradients of a step that is computed in several batches, after the first of them.
+        if trainer.is_last_batch or trainer.should_stop or step == before:
             return
         if self.stop.asked:
             self._stop_here(trainer)

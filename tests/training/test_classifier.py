@@ -434,6 +434,7 @@ def test_swa_of_a_resumed_phase_that_ends_in_mid_epoch_is_the_same_to_the_bit(
         torch.manual_seed(0)
         return nets.build("scratch/resnet20", num_classes=3)
 
+    monkeypatch.setattr(checkpoints, "SPACED_S", 0.0)
     step = Classifier.training_step
 
     def broken(self: Classifier, batch: Any, index: int) -> torch.Tensor:
@@ -534,6 +535,7 @@ def test_what_was_logged_is_on_disk_before_a_checkpoint_is_in_place(
         place(beside, best=best)
 
     monkeypatch.setattr(checkpoints, "_put_in_place", placed)
+    monkeypatch.setattr(checkpoints, "SPACED_S", 0.0)
     params = _params(checkpoint_every=1)
     module = _module(nets.build("scratch/lenet5", num_classes=3, in_chans=3), params)
     data = PictureData(pictures, px=PX, in_chans=3, batch_size=6, chosen={}, seed=0, workers=0)

@@ -62,8 +62,11 @@ from pipeline.training.classifier import Classifier
 
 where, name, checkpoints.SPACED_S = sys.argv[1], getattr(signal, sys.argv[2]), float(sys.argv[3])
 phase, _, place = where.partition(":")
+killed = []
 def kill():
-    os.kill(os.getpid(), name)
+    if not killed:  # a second signal would not wait
+        killed.append(True)
+        os.kill(os.getpid(), name)
 def before(owner, method, matches):
     original = getattr(owner, method)
     def wrapped(*args, **kwargs):
@@ -338,7 +341,12 @@ def test_two_processes_that_are_killed_go_on_together(tmp_path: Path) -> None:
         environment = {**os.environ, "DVC_ROOT": str(folder), "PYTHONPATH": str(ROOT)}
         for stop in stops:
             done = subprocess.run(
-                [*launch, stop, "SIGKILL"], cwd=folder, env=environment, capture_output=True, check=False, timeout=300
+                [*launch, stop, "SIGKILL", "0"],
+                cwd=folder,
+                env=environment,
+                capture_output=True,
+                check=False,
+                timeout=300,
             )
             assert (done.returncode == 0) == (stop == "never"), done.stderr
         states.append(weights.load_model(folder / "models" / NET / "train" / "model.safetensors")[0].state_dict())
