@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.errors import UserError
+
 
 @contextmanager
 def fresh_folder(target: Path) -> Iterator[Path]:
@@ -27,7 +29,7 @@ def fresh_folder(target: Path) -> Iterator[Path]:
 @contextmanager
 def fresh_file(target: Path) -> Iterator[Path]:
     """A path beside `target` that is synced and renamed to it when the block ends well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     beside = target.with_name(f".{target.name}.part")
     try:
         yield beside
@@ -36,3 +38,20 @@ def fresh_file(target: Path) -> Iterator[Path]:
         beside.replace(target)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those above it, unless they are there.
+
+    Raises:
+        UserError: it cannot be made, or nothing can be written into it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        place = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), folder)
+        raise UserError(f"{place} must be a folder: something else is in its place; remove it") from None
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} must be writable: change its permissions")

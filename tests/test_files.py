@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import fresh_file, fresh_folder
+from pipeline import files
+from pipeline.errors import UserError
+from pipeline.files import fresh_file, fresh_folder, make_folder
 
 
 def _stopped_folder(target: Path) -> None:
@@ -63,3 +65,22 @@ def test_a_failure_keeps_the_old_file(tmp_path: Path) -> None:
         _stopped_file(target)
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_is_in_a_folders_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cache").touch()
+    with pytest.raises(UserError, match=rf"^{tmp_path}/cache must be a folder: something else is in its place; remove"):
+        make_folder(tmp_path / "cache" / "deep" / "down")
+    with pytest.raises(UserError, match="cache must be a folder"), fresh_file(tmp_path / "cache" / "file"):
+        pass
+
+
+def test_a_folder_that_takes_nothing_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.os, "access", lambda *_: False)  # whom permissions stop, root is not
+    with pytest.raises(UserError, match=r"must be writable: change its permissions$"):
+        make_folder(tmp_path / "cache")
+
+
+def test_a_folder_that_cannot_be_made_says_why(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be made: File name too long$"):
+        make_folder(tmp_path / ("long" * 100))

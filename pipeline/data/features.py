@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from xxhash import xxh3_64
 
 from pipeline.errors import UserError
-from pipeline.files import fresh_file
+from pipeline.files import fresh_file, make_folder
 
 SUMS, FACTS = "sums", "facts.json"
 NOTED_S = 20.0
@@ -99,7 +99,7 @@ class FeatureCache:
             make: gives the tensors of rows, some rows at a time.
             limit: bytes of all caches together, which `wanted` alone does not exceed.
         """
-        _make_folder(self._base)
+        make_folder(self._base)
         with FileLock(self._lock(self.folder)):
             sums = self._sums()
             missing = wanted[self._absent(wanted, sums)]
@@ -224,17 +224,6 @@ def _summed(files: Sequence[Tensor], rows: np.ndarray) -> np.ndarray:
             digest.update(file[row])
         found[place] = digest.intdigest() or 1
     return found
-
-
-def _make_folder(base: Path) -> None:
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{base} must be a folder: something else is in its place; remove it") from None
-    except OSError as error:
-        raise UserError(f"{base} cannot be made: {error.strerror}; mend that, or set train.cache=none") from None
-    if not os.access(base, os.W_OK | os.X_OK):
-        raise UserError(f"{base} must be writable: change its permissions, or set train.cache=none")
 
 
 def _make_room(base: Path, limit: float, *, keep: Path) -> None:

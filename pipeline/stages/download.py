@@ -9,7 +9,7 @@ from filelock import FileLock
 from pipeline import paths
 from pipeline.data import catalog
 from pipeline.data.catalog import Pictures
-from pipeline.files import fresh_folder
+from pipeline.files import fresh_folder, make_folder
 from pipeline.parameters import Config
 
 
@@ -23,7 +23,7 @@ def run(config: Config) -> None:
     dataset = catalog.get(name)
     raw = paths.raw(name)
     state = paths.cache() / "downloads" / name
-    state.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(state.parent)
     with FileLock(state.with_suffix(".lock")):  # copies of the repository share the partial downloads
         state.mkdir(exist_ok=True)
         with fresh_folder(raw) as fresh:

@@ -12,7 +12,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -20,6 +19,7 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
 
 from pipeline.errors import UserError
 from pipeline.outbox import warn
@@ -155,7 +155,9 @@ class Checkpoints(L.Callback):
         self._saved_at, self._saved_when = trainer.global_step, time.monotonic()
 
     def _hold(self, trainer: L.Trainer) -> None:
-        self._waiting, self._better = deepcopy(_dump(trainer)), False
+        # On the processor, whose memory has room for it.
+        kept = apply_to_collection(_dump(trainer), torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
+        self._waiting, self._better = kept, False
 
     def _write_best(self, trainer: L.Trainer, state: dict[str, Any]) -> None:
         """Before last.ckpt says which epoch was the best: a kill between the two leaves epochs to be trained again."""
@@ -186,6 +188,8 @@ class Straight(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:  # noqa: ARG002
+        # A kill may have left a file of this name that has another name, too, such as that of the best.
+        Path(path).unlink(missing_ok=True)
         try:
             with Path(path).open("wb") as file:
                 torch.save(checkpoint, file)

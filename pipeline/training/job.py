@@ -326,7 +326,7 @@ def _tracked(job: Job, card: ModelCard, progress: Progress) -> Iterator[tracking
             spool=spool,
         )
     else:
-        print(f"going on with run {run.name} ({run.id}) from its last checkpoint", flush=True)
+        print(f"going on with run {run.name} ({run.id})", flush=True)
     progress.begin(run.id)
     with tracking.ending(run):
         awaited = {f"train.{choice.name}" for choice in fields(tuning.Choice)} if config.train.auto_tune else set()

@@ -28,6 +28,7 @@ from pipeline import machine, paths
 from pipeline.data.datamodule import Batch, PictureData
 from pipeline.data.store import Store
 from pipeline.files import fresh_file
+from pipeline.outbox import warn
 from pipeline.parameters import Config, ModelParams, TrainParams
 from pipeline.training import optim, schedule
 from pipeline.training.classifier import Classifier
@@ -51,6 +52,8 @@ WORTH = 0.97
 """A way must take less than this share of the time of the one before it, or the difference may be noise."""
 NO_WAIT = 0.03
 """Share of a step's time that loading may take before workers are tried."""
+QUIET = 0.8
+"""A way with loading takes at least this share of its time without, unless something else disturbed the trial."""
 MOST_WORKERS = 8
 Option = TypeVar("Option")
 
@@ -142,10 +145,7 @@ def _settled(
         found = _tried(params, store, net, card, phase=phase, total_steps=total_steps)
         keep(key, *found)
     if not found[1]:
-        print(
-            f"auto_tune: the {total_steps:,} steps of phase {phase.name} are too few to try it: as it is set",
-            flush=True,
-        )
+        print(f"auto_tune: phase {phase.name} is too short to be tried: it computes as it is set", flush=True)
     return found
 
 
@@ -199,6 +199,11 @@ def choose(
         if more > 1 and loaded[0].step > (1 + NO_WAIT) * paces[best].step:
             loaded[more] = pace(make(best), _endless(load(more)), device=device)
         workers = fastest({count: found.step for count, found in loaded.items()})
+    if loaded[0].step < QUIET * paces[best].step:
+        warn(
+            "auto_tune: steps on pictures that had to be loaded were faster than those on pictures in memory, so the "
+            "machine was busy otherwise; where the trial should be made again, delete data/cache/tuned"
+        )
     rows = [_row(way, found, workers=None, chosen=way == best) for way, found in paces.items()]
     rows += [_row(best, found, workers=count, chosen=count == workers) for count, found in loaded.items()]
     return Choice(**best._asdict(), workers=workers), rows
@@ -272,7 +277,7 @@ def known(key: str) -> tuple[Choice, list[Row]] | None:
     try:
         found = json.loads(_kept(key).read_text(encoding="utf-8"))
         return Choice(**found["choice"]), [Row(**row) for row in found["table"]]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

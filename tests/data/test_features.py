@@ -256,9 +256,3 @@ def test_a_cache_that_goes_while_room_is_made_is_not_missed(tmp_path: Path, monk
 
     monkeypatch.setattr(features, "_last_used", going)
     assert _cache(tmp_path, weights="2").fill(np.arange(20), _maker([]), limit=LIMIT) == 20
-
-
-def test_a_folder_that_takes_nothing_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features.os, "access", lambda *_: False)  # whom permissions stop, root is not
-    with pytest.raises(UserError, match=r"must be writable: change its permissions, or set train\.cache=none"):
-        _cache(tmp_path).fill(np.arange(20), _maker([]), limit=LIMIT)

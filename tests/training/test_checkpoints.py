@@ -66,6 +66,13 @@ def test_a_checkpoint_goes_into_its_file_and_nowhere_else(tmp_path: Path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["new.ckpt"]
 
 
+def test_what_a_kill_left_under_two_names_is_not_written_into(tmp_path: Path) -> None:
+    _save(tmp_path / BEST, 1)
+    (tmp_path / "beside").hardlink_to(tmp_path / BEST)  # killed before it was renamed
+    Straight().save_checkpoint({"state_dict": {"net.weight": torch.zeros(3)}}, tmp_path / "beside")
+    assert torch.load(tmp_path / BEST)["state_dict"]["net.weight"][0] == 1
+
+
 @pytest.mark.parametrize("after", [0, 100])
 def test_a_full_disk_is_told_in_one_line(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     class Full(io.RawIOBase):

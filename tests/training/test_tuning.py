@@ -170,7 +170,7 @@ def test_a_short_training_is_not_kept_waiting_by_a_trial_whatever_a_longer_one_f
     choice, progress = _tuned(pictures, _config(), here / "short")
     assert choice == {"precision": "32-true", "channels_last": True, "compile": False, "workers": "auto"}
     assert (stub.tried, progress.tuned) == ([], {"choice": choice, "table": []})
-    told = "auto_tune: the 4 steps of phase all are too few to try it: as it is set\n"
+    told = "auto_tune: phase all is too short to be tried: it computes as it is set\n"
     assert capsys.readouterr().out == told
     long = {"all": {"trainable": "all", "epochs": 138}}
     assert _tuned(pictures, _config(phases=long), here / "long")[0]["precision"] == "bf16-mixed"
@@ -204,6 +204,16 @@ def test_a_trial_pays_where_it_takes_a_third_of_the_phase_at_most(
 
     assert tuning.pays(steps, ways=4, step_s=measured) == expected
     assert bool(calls) == asked
+
+
+def test_a_trial_on_a_busy_machine_says_so(
+    pictures: Store, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for loaded, told in ((0.9, False), (0.5, True)):
+        times = iter([1.0] * 4 + [loaded])
+        monkeypatch.setattr(tuning, "pace", lambda *_, times=times, **__: Pace(first=0.1, step=next(times)))
+        _tuned(pictures, _config(batch_size=4 + told), here / str(loaded))
+        assert ("the machine was busy otherwise" in capsys.readouterr().err) == told
 
 
 def test_slow_steps_are_counted_often_enough_to_tell(
