@@ -236,7 +236,11 @@ def test_loading_workers_change_nothing_of_it(whole: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("stops", "how"), [(("one:7", "two:4"), "SIGTERM"), (("one:5", "one:end", "two:6", "two:write"), "SIGKILL")]
+    ("stops", "how"),
+    [
+        (("one:7", "two:4"), "SIGTERM"),
+        pytest.param(("one:5", "one:end", "two:6", "two:write"), "SIGKILL", marks=pytest.mark.slow),
+    ],
 )
 def test_epochs_too_short_for_a_checkpoint_each_change_nothing_of_it(
     stops: tuple[str, ...], how: str, whole: Path, tmp_path: Path
