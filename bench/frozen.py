@@ -76,6 +76,8 @@ class _Sides:
         self.project, self.px = project, px
         self.caches = project.knows("cache")
         self.bf16 = has_bf16()
+        self.what = f"{NET} at {px} px in {'bf16' if self.bf16 else 'fp32'}"
+        """What is trained, and how: a machine without bf16 gets rows of its own."""
         self.test: dict[str, float] = {}
         self._settings: dict[str, Any] = {
             "train.px": px,
@@ -144,7 +146,7 @@ def _forward(bench: Bench, side: _Sides, asked: argparse.Namespace) -> None:
         for name in passes:
             bench.comparisons.append(
                 Comparison(
-                    name=f"{count} frozen epochs against {name}, {NET} at {side.px} px",
+                    name=f"{count} frozen epochs against {name}, {side.what}",
                     ratio_of="Thaw's phase / forward pass (a cost)",
                     ratios=ratios(phases, found[name]),
                     target=COST,
@@ -173,7 +175,7 @@ def _plain(bench: Bench, side: _Sides, asked: argparse.Namespace) -> None:
         ):
             bench.comparisons.append(
                 Comparison(
-                    name=f"{count} frozen epochs against {name}, {what}, {NET} at {side.px} px",
+                    name=f"{count} frozen epochs against {name}, {what}, {side.what}",
                     ratio_of="their time / Thaw's",
                     ratios=ratios(theirs, ours),
                     target=target,
@@ -205,7 +207,7 @@ def _layers(bench: Bench, side: _Sides, asked: argparse.Namespace) -> None:
     )
     bench.comparisons.append(
         Comparison(
-            name=f"{count} epochs of last:2, cache against none, {NET} at {side.px} px",
+            name=f"{count} epochs of last:2, cache against none, {side.what}",
             ratio_of="time without / time with",
             ratios=ratios(found["not cached"], found["cached"]),
             target=LAYERS,

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from pipeline.errors import UserError
@@ -128,8 +129,10 @@ class Checkpoints(L.Callback):
         self.stop.deafen()
 
     def _is_due(self, trainer: L.Trainer) -> bool:
-        # Several ranks would have to agree on the time, which costs them more than it spares.
-        return trainer.world_size > 1 or time.monotonic() - self._saved_when >= SPACED_S
+        # Several ranks would have to agree on the time, which costs them more than it spares; and of a net that is
+        # sharded, no rank can hold the whole state.
+        alone = isinstance(trainer.strategy, SingleDeviceStrategy)
+        return not alone or time.monotonic() - self._saved_when >= SPACED_S
 
     def _end_if_over(self, trainer: L.Trainer) -> None:
         tired = 0 < self._patience <= self._bad_epochs

@@ -178,14 +178,14 @@ def choose(
     """
     ways = _ways(device)
     with untouched_randomness():
-        batches = list(islice(load(0), BATCHES))
 
         def step_s() -> float:
-            return pace(make(ways[0]), cycle(batches), device=device, steps=1).step
+            return pace(make(ways[0]), _endless(load(0)), device=device, steps=1).step
 
         if not pays(total_steps, ways=len(ways), step_s=step_s):
             return as_set, []
         print("auto_tune: trying a few steps", flush=True)
+        batches = list(islice(load(0), BATCHES))
         paces = {way: pace(make(way), cycle(batches), device=device) for way in ways}
         best = fastest({way: found.step for way, found in paces.items()})
         plain = paces[best].step * total_steps
