@@ -33,11 +33,16 @@ def fresh_file(target: Path) -> Iterator[Path]:
     beside = target.with_name(f".{target.name}.part")
     try:
         yield beside
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(beside)
         beside.replace(target)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Puts on disk what has been written into a file."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def make_folder(folder: Path) -> None:

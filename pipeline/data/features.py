@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from xxhash import xxh3_64
 
 from pipeline.errors import UserError
-from pipeline.files import fresh_file, make_folder
+from pipeline.files import fresh_file, make_folder, sync
 
 SUMS, FACTS = "sums", "facts.json"
 NOTED_S = 20.0
@@ -146,8 +146,7 @@ class FeatureCache:
     def _note(self, sums: np.ndarray) -> None:
         """The numbers first: a row that is said to be there should be so after a power cut, too."""
         for number in range(len(self._shapes)):
-            with self._path(number).open("rb") as file:
-                os.fsync(file.fileno())
+            sync(self._path(number))
         with fresh_file(self.folder / FACTS) as path:
             path.write_text(json.dumps(self._facts, indent=2, sort_keys=True), encoding="utf-8")
         with fresh_file(self.folder / SUMS) as path:

@@ -23,6 +23,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from pipeline.errors import UserError
+from pipeline.files import fresh_file, sync
 from pipeline.outbox import warn
 
 CHECKPOINTS = LAST, BEFORE, BEST = "last.ckpt", "before.ckpt", "best.ckpt"
@@ -164,10 +165,8 @@ class Checkpoints(L.Callback):
 
     def _write_best(self, trainer: L.Trainer, state: dict[str, Any]) -> None:
         """Before last.ckpt says which epoch was the best: a kill between the two leaves epochs to be trained again."""
-        beside = self._folder / f".{BEST}.part"
-        trainer.strategy.checkpoint_io.save_checkpoint(state, beside)
-        _sync_file(beside)
-        beside.replace(self._folder / BEST)
+        with fresh_file(self._folder / BEST) as path:
+            trainer.strategy.checkpoint_io.save_checkpoint(state, path)
 
     def _stop_here(self, trainer: L.Trainer) -> None:
         if not trainer.is_global_zero:
@@ -298,7 +297,7 @@ def write_whole(path: Path, net: torch.nn.Module, target: Path) -> None:
 def _put_in_place(beside: Path, *, best: bool) -> None:
     """Makes a whole file the last checkpoint, after making it the best one where it is that, too."""
     folder = beside.parent
-    _sync_file(beside)
+    sync(beside)
     if best:
         _also(beside, folder / BEST)
     if (folder / LAST).exists():
@@ -316,13 +315,8 @@ def _also(path: Path, name: Path) -> None:
         beside.hardlink_to(path)
     except OSError:
         shutil.copyfile(path, beside)
-        _sync_file(beside)
+        sync(beside)
     beside.replace(name)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _dump(trainer: L.Trainer) -> dict[str, Any]:

@@ -7,7 +7,6 @@ training of the same length takes it from there.
 
 import hashlib
 import json
-import math
 import platform
 import random
 import statistics
@@ -156,8 +155,11 @@ def pays(total_steps: int, *, ways: int, step_s: Callable[[], float]) -> bool:
         ways: of computing that are tried.
         step_s: finds out how long a step takes, in seconds; called where the answer depends on it.
     """
-    each = total_steps / (PAYS * ways) - WARM if PAYS else math.inf
-    return each >= FEWEST and (each >= STEPS or each >= LONGEST_S / step_s() - WARM)
+
+    def enough(counted: float) -> bool:
+        return total_steps >= PAYS * ways * (WARM + counted)
+
+    return enough(FEWEST) and (enough(STEPS) or enough(LONGEST_S / step_s() - WARM))
 
 
 def choose(
