@@ -20,7 +20,6 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning_utilities.core.apply_func import apply_to_collection
 
 from pipeline.errors import UserError
 from pipeline.files import fresh_file, sync
@@ -159,9 +158,7 @@ class Checkpoints(L.Callback):
         self._saved_at, self._saved_when = trainer.global_step, time.monotonic()
 
     def _hold(self, trainer: L.Trainer) -> None:
-        # On the processor, whose memory has room for it.
-        kept = apply_to_collection(_dump(trainer), torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
-        self._waiting, self._better = kept, False
+        self._waiting, self._better = _copied(_dump(trainer)), False
 
     def _write_best(self, trainer: L.Trainer, state: dict[str, Any]) -> None:
         """Before last.ckpt says which epoch was the best: a kill between the two leaves epochs to be trained again."""
@@ -323,6 +320,18 @@ def _dump(trainer: L.Trainer) -> dict[str, Any]:
     """All that a checkpoint holds, as this rank has it."""
     state: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
     return state
+
+
+def _copied(state: Any) -> Any:
+    """A state that its owners do not change any more, on the processor, whose memory has room for it.
+
+    After each better of short epochs: Lightning's and Python's own ways look at every number's class, for longer.
+    """
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    return type(state)(map(_copied, state)) if type(state) in (list, tuple) else state
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The LightningModule: one net, one phase; its loss, its accuracies, its optimiser."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import lightning as L
@@ -102,12 +102,18 @@ class Classifier(L.LightningModule):
         logits: torch.Tensor = self.net(self._prepared(pixels_BCHW))
         return logits
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_current_fx_name":
+            # Lightning notes what it calls, some fifty times a step, and a module looks twice at what it is given.
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def train(self, mode: bool = True) -> "Classifier":
         """Training mode, in which a frozen module stays in evaluation mode all the same."""
         if mode and self._modes:
-            # Lightning asks for it in every epoch, and to find it out takes as long as a step of a small net.
-            for module, training in self._modes:
-                module.training = training
+            # It is asked for in every epoch, and to find it out takes as long as a step of a small net.
+            _set_modes(self._modes)
             return self
         super().train(mode)
         if mode:
@@ -191,6 +197,12 @@ class Classifier(L.LightningModule):
             whole = (1 - share) * whole + share * distance(logits, taught, temperature=temperature)
         return whole, loss, logits
 
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
+        # torch's own is wrapped for profilers and compilers, which takes as long as the update of a head.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         # Here, and not at the batch's end, where a checkpoint may already have been written.
@@ -203,6 +215,12 @@ class Classifier(L.LightningModule):
         loss = F.cross_entropy(logits, labels)
         self._check_finite(loss, f"validation after epoch {self.current_epoch + 1}")
         self._count("val", loss, logits, labels)
+
+    def on_validation_model_eval(self) -> None:
+        _set_modes((module, False) for module, _ in self._modes)
+
+    def on_validation_model_train(self) -> None:
+        self.train()
 
     def on_validation_epoch_start(self) -> None:
         self._announced.discard("val")
@@ -303,8 +321,10 @@ class Classifier(L.LightningModule):
     def _look(self) -> None:
         if not self._unseen:
             return
-        unseen, self._unseen = self._unseen, []
-        for (when, _), value in zip(unseen, torch.stack([loss for _, loss in unseen]).tolist(), strict=True):
+        values = torch.stack([loss for _, loss in self._unseen]).tolist()
+        unseen = [when for when, _ in self._unseen]
+        self._unseen.clear()
+        for when, value in zip(unseen, values, strict=True):
             if not math.isfinite(value):
                 raise UserError(
                     f"the loss became {value} in phase {self.phase.name}, {when}; "
@@ -321,6 +341,13 @@ class Classifier(L.LightningModule):
             self._announced.add(split)
             metrics = {f"{split}/loss": mean, f"{split}/top1": top1}
             self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
+
+
+def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    """Of those modules alone that are in the other one: to set one takes much longer than to look."""
+    for module, training in modes:
+        if module.training != training:
+            module.training = training
 
 
 def _bare(name: str) -> str:

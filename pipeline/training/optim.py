@@ -94,6 +94,10 @@ def optimizer(
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         made, opt=name, lr=max(rates), momentum=MOMENTUM, **one_kernel
     )
+    if devices == {"cpu"}:
+        # Before each step torch's Adam asks whether it is part of a graph on an accelerator; where torch was built for
+        # one that is not there, to find that out takes as long as the update of a head.
+        optimizer._accelerator_graph_capture_health_check = lambda: None  # type: ignore[method-assign]
     return optimizer
 
 

@@ -24,8 +24,9 @@ class Mean(Metric):
 
     def update(self, total: torch.Tensor, count: int) -> None:
         """Adds a batch's sum [] over `count` pictures."""
-        self.total += total
-        self.count += count
+        # In place: a metric looks at what it is given anew.
+        self.total.add_(total)
+        self.count.add_(count)
 
     def compute(self) -> torch.Tensor:
         return self.total / self.count

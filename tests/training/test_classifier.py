@@ -130,6 +130,32 @@ def test_frozen_means_frozen_to_the_bit_and_the_head_moves(
     assert _moved(net, before) == {key for key, parameter in net.named_parameters() if id(parameter) in head}
 
 
+@pytest.mark.parametrize(
+    ("trainable", "learning"), [("head", {"", "head_drop", "classifier"}), ("all", None)], ids=["head", "all"]
+)
+def test_a_module_learns_in_training_alone(
+    trainable: str,
+    learning: set[str] | None,
+    pictures: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    modes: dict[str, list[set[str]]] = {"train": [], "val": []}
+    net = nets.build("scratch/mobilenet_v1_025", num_classes=3)
+    every = {name for name, _ in net.named_modules()}
+    for split, name in (("train", "training_step"), ("val", "validation_step")):
+        step = getattr(Classifier, name)
+
+        def noted(self: Classifier, batch: Any, index: int, *, split: str = split, step: Any = step) -> Any:
+            modes[split].append({name for name, module in self.net.named_modules() if module.training})
+            return step(self, batch, index)
+
+        monkeypatch.setattr(Classifier, name, noted)
+    _fit(net, pictures, tmp_path, phase={"trainable": trainable})
+    assert modes["val"] == [set()] * 2
+    assert modes["train"] == [learning or every] * 4
+
+
 def test_everything_moves_when_all_learns(pictures: Store, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = nets.build("scratch/resnet20", num_classes=3)
