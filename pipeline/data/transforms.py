@@ -112,10 +112,11 @@ class HorizontalFlip(Transform):
         import cv2
 
         chosen = draws.chosen(self.p)
-        if pixels_BHWC.shape[3] == 1:
-            pixels_BHWC[chosen] = pixels_BHWC[chosen][:, :, ::-1]
+        if pixels_BHWC.shape[3] == 1 and len(chosen):
+            taken = pixels_BHWC[chosen]
+            pixels_BHWC[chosen] = cv2.flip(taken.reshape(-1, taken.shape[2]), 1).reshape(taken.shape)
         else:
-            # numpy reverses three bytes at a time, OpenCV a register
+            # numpy reverses some bytes at a time, OpenCV a register
             for index in chosen.tolist():
                 cv2.flip(pixels_BHWC[index], 1, dst=pixels_BHWC[index])
         return pixels_BHWC
