@@ -63,7 +63,6 @@ def _lenet(bench: Bench, asked: argparse.Namespace) -> None:
     spec = {
         "mode": "epochs",
         "prepared": str(project.folder / "data/prepared/fashion_mnist"),
-        "root": str(_torchvision_root(project)),
         "net": LENET,
         "in_chans": 1,
         "px": LENET_PX,
@@ -81,7 +80,8 @@ def _lenet(bench: Bench, asked: argparse.Namespace) -> None:
         turns[IN_MEMORY] = lambda: later(worker("bare.py", spec, python=PYTHON).told)
         turns[KEEPING] = lambda: later(worker("bare.py", {**spec, "keep_memory": True}, python=PYTHON).told)
     if "usual" in asked.part:
-        turns[USUAL] = lambda: later(worker("lightning_usual.py", spec, python=PYTHON).told)
+        files = {"root": str(_torchvision_root(project))}
+        turns[USUAL] = lambda: later(worker("lightning_usual.py", {**spec, **files}, python=PYTHON).told)
     found = rounds(turns, number=asked.pairs)
     ours = found.pop("Thaw")
     for name, theirs in found.items():

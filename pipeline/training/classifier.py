@@ -1,7 +1,7 @@
 """The LightningModule: one net, one phase; its loss, its accuracies, its optimiser."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -112,8 +112,11 @@ class Classifier(L.LightningModule):
     def train(self, mode: bool = True) -> "Classifier":
         """Training mode, in which a frozen module stays in evaluation mode all the same."""
         if mode and self._modes:
-            # It is asked for in every epoch, and to find it out takes as long as a step of a small net.
-            _set_modes(self._modes)
+            # It is asked for in every epoch, and to find it out takes as long as a step of a small net; so does to set
+            # what is set.
+            for module, training in self._modes:
+                if module.training != training:
+                    module.training = training
             return self
         super().train(mode)
         if mode:
@@ -215,12 +218,6 @@ class Classifier(L.LightningModule):
         loss = F.cross_entropy(logits, labels)
         self._check_finite(loss, f"validation after epoch {self.current_epoch + 1}")
         self._count("val", loss, logits, labels)
-
-    def on_validation_model_eval(self) -> None:
-        _set_modes((module, False) for module, _ in self._modes)
-
-    def on_validation_model_train(self) -> None:
-        self.train()
 
     def on_validation_epoch_start(self) -> None:
         self._announced.discard("val")
@@ -341,13 +338,6 @@ class Classifier(L.LightningModule):
             self._announced.add(split)
             metrics = {f"{split}/loss": mean, f"{split}/top1": top1}
             self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
-
-
-def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
-    """Of those modules alone that are in the other one: to set one takes much longer than to look."""
-    for module, training in modes:
-        if module.training != training:
-            module.training = training
 
 
 def _bare(name: str) -> str:

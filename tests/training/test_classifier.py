@@ -156,6 +156,23 @@ def test_a_module_learns_in_training_alone(
     assert modes["train"] == [learning or every] * 4
 
 
+def test_a_module_that_keeps_something_for_evaluation_hears_of_each(pictures: Store, tmp_path: Path) -> None:
+    class Keeper(nn.Identity):
+        """As timm's levit has one: what it computes from its weights is kept until its mode is set again."""
+
+        heard: list[bool]
+
+        def train(self, mode: bool = True) -> "Keeper":
+            self.heard.append(mode)
+            return super().train(mode)
+
+    net = nets.build("scratch/mobilenet_v1_025", num_classes=3)
+    net.keeper = Keeper()
+    net.keeper.heard = []
+    _fit(net, pictures, tmp_path)
+    assert net.keeper.heard.count(False) >= 2
+
+
 def test_everything_moves_when_all_learns(pictures: Store, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = nets.build("scratch/resnet20", num_classes=3)
