@@ -18,7 +18,7 @@ def mirrored(pixels_BHWC: np.ndarray, down: int, right: int) -> np.ndarray:
     Uint8 [B, H + 2 * down, W + 2 * right, C].
     """
     num, height, width, channels = pixels_BHWC.shape
-    if not num or down >= height or right >= width:  # the mirror is mirrored in its turn
+    if not num or down >= height or right >= width:  # OpenCV takes no empty batch; a mirror is mirrored in its turn
         around = ((0, 0), (down, down), (right, right), (0, 0))
         return np.pad(pixels_BHWC, around, mode="reflect")
     import cv2

@@ -116,7 +116,7 @@ class HorizontalFlip(Transform):
             taken = pixels_BHWC[chosen]
             pixels_BHWC[chosen] = cv2.flip(taken.reshape(-1, taken.shape[2]), 1).reshape(taken.shape)
         else:
-            # numpy reverses some bytes at a time, OpenCV a register
+            # numpy reverses a pixel at a time, OpenCV a register
             for index in chosen.tolist():
                 cv2.flip(pixels_BHWC[index], 1, dst=pixels_BHWC[index])
         return pixels_BHWC

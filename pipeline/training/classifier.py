@@ -112,8 +112,7 @@ class Classifier(L.LightningModule):
     def train(self, mode: bool = True) -> "Classifier":
         """Training mode, in which a frozen module stays in evaluation mode all the same."""
         if mode and self._modes:
-            # It is asked for in every epoch, and to find it out takes as long as a step of a small net; so does to set
-            # what is set.
+            # It is asked for in every epoch; to find it out, or to set it anew, takes as long as a step of a small net.
             for module, training in self._modes:
                 if module.training != training:
                     module.training = training
@@ -318,10 +317,8 @@ class Classifier(L.LightningModule):
     def _look(self) -> None:
         if not self._unseen:
             return
-        values = torch.stack([loss for _, loss in self._unseen]).tolist()
-        unseen = [when for when, _ in self._unseen]
-        self._unseen.clear()
-        for when, value in zip(unseen, values, strict=True):
+        unseen, self._unseen = self._unseen, []
+        for (when, _), value in zip(unseen, torch.stack([loss for _, loss in unseen]).tolist(), strict=True):
             if not math.isfinite(value):
                 raise UserError(
                     f"the loss became {value} in phase {self.phase.name}, {when}; "
