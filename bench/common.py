@@ -25,6 +25,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from pipeline.machine import processor
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
 PEERS_PYTHON = ROOT / ".venv-peers/bin/python"
@@ -226,7 +228,7 @@ def peers_missing(module: str) -> str:
 def machine() -> dict[str, Any]:
     """Facts that a figure depends on."""
     facts = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "usable_cores": cores(),
         "bf16": has_bf16(),
@@ -251,15 +253,6 @@ def has_bf16() -> bool:
     """Whether the processor computes in bf16 itself, as far as it says."""
     path = Path("/proc/cpuinfo")
     return path.exists() and any(flag in path.read_text(encoding="utf-8") for flag in ("avx512_bf16", "amx_bf16"))
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 @dataclass

@@ -31,6 +31,8 @@ BF16_FROM_PX = 64
 """Smaller pictures are trained faster in fp32 on the processors that were tried."""
 EPOCH_LINE = re.compile(r"\S+ \d+/\d+: train loss .*; val loss \S+, top-1 ([\d.]+);")
 """What the train stage prints after an epoch, with its validation top-1."""
+STANDS = re.compile(r": [\d,]+ pictures to train on, ")
+"""What it prints first of all, when the net stands."""
 DRAWN_SIDES = (500, 375)
 """Width and height of a drawn picture: those of most photographs of data sets from the web."""
 
@@ -42,7 +44,7 @@ class Training:
     stage: float
     """From the start of the process to its end."""
     phases: float
-    """From the schedule's table, printed when the net stands, to the last epoch's line: caches, trials, validation."""
+    """From the line that the net stands to the last epoch's: the search for a cut, caches, trials, validation."""
     ends: list[float]
     """Of each epoch's line, counted as `phases` is."""
     accuracies: list[float]
@@ -130,7 +132,7 @@ class Project:
         self.begin_anew(settings)
 
         done = self.stage("train", environment=environment, enough=lambda line: (_top1(line) or 0.0) >= stop_at)
-        (began, *_) = [at for at, line in done.lines if line.split()[:2] == ["phase", "epochs"]]
+        (began, *_) = [at for at, line in done.lines if STANDS.search(line)]
         epochs = [(at - began, top1) for at, line in done.lines if (top1 := _top1(line)) is not None]
         ends, accuracies = [end for end, _ in epochs], [top1 for _, top1 in epochs]
         waits: list[float] = []

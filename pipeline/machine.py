@@ -15,8 +15,9 @@ CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt(3)."""
-_OWN_BLOCK, _KEPT = 2**30, 2**31 - 1
-"""Bytes from which a block is the system's alone, and those that lie free before any are given back."""
+_OWN_BLOCKS, _KEPT = (2**30, 2**25), 2**31 - 1
+"""Bytes from which a block is the system's alone, where 2.34 and older take the second at most; and those that lie free
+before any are given back."""
 
 
 def device(accelerator: str) -> "torch.device":
@@ -32,6 +33,23 @@ def device(accelerator: str) -> "torch.device":
     if accelerator in ("auto", "mps") and torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+def has_bf16(device: "torch.device") -> bool:
+    """Whether a device computes bf16 by itself: AVX-512 BF16 or AMX, or a GPU's units."""
+    import torch
+
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def processor() -> str:
+    """The processor's model, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 def cores() -> int:
@@ -100,7 +118,8 @@ def keep_memory() -> bool:
     if asked or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or platform.libc_ver()[0] != "glibc":
         return False
     library = ctypes.CDLL(None)
-    return bool(library.mallopt(_MMAP_THRESHOLD, _OWN_BLOCK) and library.mallopt(_TRIM_THRESHOLD, _KEPT))
+    large = any(library.mallopt(_MMAP_THRESHOLD, size) for size in _OWN_BLOCKS)
+    return bool(library.mallopt(_TRIM_THRESHOLD, _KEPT)) and large
 
 
 def _granted(group: Path) -> float:

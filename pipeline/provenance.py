@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from pipeline import paths
+from pipeline import machine, paths
 
 PACKAGES = ("torch", "lightning", "timm", "torchmetrics", "albumentations", "mlflow", "dvc")
 
@@ -44,23 +44,13 @@ def _hardware() -> dict[str, str]:
     import torch
 
     tags = {
-        "hardware.cpu": _cpu(),
+        "hardware.cpu": machine.processor(),
         "hardware.cores": str(os.cpu_count()),
         "hardware.memory_gib": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f}",
     }
     if gpus := [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]:
         tags["hardware.gpus"] = ", ".join(gpus)
     return tags
-
-
-def _cpu() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def _versions() -> dict[str, str]:

@@ -100,7 +100,7 @@ class FeatureCache:
             limit: bytes of all caches together, which `wanted` alone does not exceed.
         """
         make_folder(self._base)
-        with FileLock(self._lock(self.folder)):
+        with _owned(self._base), FileLock(self._lock(self.folder)):
             sums = self._sums()
             missing = wanted[self._absent(wanted, sums)]
             kept = np.union1d(np.flatnonzero(sums), wanted)
@@ -211,6 +211,16 @@ class CachedPictures(Dataset[CachedBatch]):
         pairs = np.asarray(batch, dtype=np.int64)
         rows = (pairs[:, 0] % self._views) * len(self._labels) + pairs[:, 1]
         return self._cache.read(rows), torch.from_numpy(self._labels[pairs[:, 1]])
+
+
+@contextmanager
+def _owned(base: Path) -> Iterator[None]:
+    """Tells a user of caches that another user made."""
+    try:
+        yield
+    except PermissionError as error:
+        place = error.filename or base
+        raise UserError(f"{place} belongs to another user: change its permissions, or remove {base}") from None
 
 
 def _summed(files: Sequence[Tensor], rows: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-from pipeline import nets
+from pipeline import machine, nets
 from pipeline.data.store import Store
 from pipeline.errors import UserError, blaming
 from pipeline.parameters import Config, TrainParams
@@ -44,6 +44,10 @@ def check(config: Config, store: Store, net: nn.Module, card: ModelCard, phases:
     params = config.train
     check_schedule(phases, net, config)
     world = num_processes(params, phases[0])
+    if params.sync_bn and world > 1 and machine.device(params.accelerator).type != "cuda":
+        raise UserError(
+            "batch norms meet on GPUs alone, and there is none to use; take false", parameter="train.sync_bn"
+        )
     for phase in phases:
         _check_batch(phase, params, world=world)
     if (pictures := store.counts()["val"]) < world:

@@ -23,6 +23,18 @@ _RANDOM = ("bernoulli", "dropout", "rand", "randint", "randn", "randperm", "mult
 """How the names of operations begin that draw random numbers."""
 TRIED = (2, 3)
 """Pictures in the batches that a cut is tried on: two sizes tell a batch's axis from the others."""
+_UNTRACEABLE = (
+    fx.proxy.TraceError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a net's own code raises where it is given what stands in for a tensor."""
 WORTH = 500
 """Floating-point operations behind each number that crosses, below which reading it would cost as much."""
 
@@ -139,8 +151,8 @@ def _trace(net: nn.Module) -> Traced:
         arguments = list(inspect.signature(net.forward).parameters.values())[1:]
         given = {a.name: a.default for a in arguments if a.default is not a.empty}
         graph = _Tracer().trace(net, concrete_args=given)
-    except (fx.proxy.TraceError, TypeError, RuntimeError, ValueError, NotImplementedError) as error:
-        raise CannotCutError(f"it cannot be traced ({str(error).splitlines()[0]})") from None
+    except _UNTRACEABLE as error:
+        raise CannotCutError(f"it cannot be traced ({_first_line(error)})") from None
     finally:
         # The tracer hangs them onto the net, which must stay as it was.
         constants = {name: vars(net).pop(name) for name in set(vars(net)) - before}
@@ -275,10 +287,19 @@ Value = tuple[int, ...] | PerPicture | int | float | None
 def _values(below: fx.GraphModule, net: nn.Module, *, in_chans: int, px: int) -> tuple[list[Value], float]:
     """What crosses, and the floating-point operations behind it, for one picture."""
     place = next(net.parameters()).device
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        small, large = (below(torch.zeros(size, in_chans, px, px, device=place)) for size in TRIED)
-    values = [_value(one, other) for one, other in zip(small, large, strict=True)]
-    return values, counter.get_total_flops() / sum(TRIED)
+    few, more = (torch.zeros(size, in_chans, px, px, device=place) for size in TRIED)
+    try:
+        with torch.no_grad():
+            with FlopCounterMode(display=False) as counter:
+                small = below(few)
+            large = below(more)
+    except _UNTRACEABLE as error:
+        raise CannotCutError(f"its frozen layers do not run by themselves ({_first_line(error)})") from None
+    return [_value(one, other) for one, other in zip(small, large, strict=True)], counter.get_total_flops() / len(few)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _value(small: Any, large: Any) -> Value:

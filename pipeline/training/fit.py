@@ -125,7 +125,7 @@ def fit(
     callbacks = [recorder, *asked, *_optional_callbacks(), keeper]
     trainer = _trainer(params, phase, epochs=epochs, callbacks=callbacks, waits=waits)
     last = taken_up(folder, leader=rank() == 0)
-    with _ends_together(params, keeper.stop):
+    with ends_together(params, stop=keeper.stop):
         trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
     load_weights(module.net, folder / BEST)
     return Outcome(
@@ -139,8 +139,15 @@ def fit(
 
 
 @contextmanager
-def _ends_together(params: TrainParams, stop: Stop) -> Iterator[None]:
-    """Ranks that this process has launched would wait for it in a collective for ever."""
+def ends_together(params: TrainParams, *, stop: Stop | None = None) -> Iterator[None]:
+    """Ends the ranks that this process has launched where the block fails: they would wait for it for ever.
+
+    Args:
+        stop: what listens to signals in the block, if anything does.
+
+    Raises:
+        UserError: the device's memory is too small, or another rank has ended.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
@@ -151,7 +158,7 @@ def _ends_together(params: TrainParams, stop: Stop) -> Iterator[None]:
         ) from None
     except RuntimeError as error:
         _end_children()
-        if stop.asked and rank():
+        if stop is not None and stop.asked and rank():
             stop.obey()  # the leader has stopped already, and left this one in a collective
         if any(sign in str(error) for sign in LOST):
             raise UserError(
@@ -195,7 +202,6 @@ def _trainer(
             max_epochs=epochs,
             accumulate_grad_batches=phase.accumulate,
             gradient_clip_val=phase.clip or None,
-            sync_batchnorm=params.sync_bn,
             limit_train_batches=1 if params.fast_dev_run else None,
             limit_val_batches=1 if params.fast_dev_run else None,
             num_sanity_val_steps=0,

@@ -116,14 +116,16 @@ def computed(
     px: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    processes: int,
 ) -> tuple[CachedPictures, CachedPictures]:
     """What stands in for the training pictures and for those of validation; computes what is not on disk yet.
 
     Args:
         net: with the weights that the phase begins with; goes to the device that trains.
         px: side of the pictures as they come, in pixels.
+        processes: that train together, and share a batch.
     """
-    work = _Work(cut, net, store, phase=phase, params=params, px=px, mean=mean, std=std)
+    work = _Work(cut, net, store, phase=phase, params=params, px=px, mean=mean, std=std, processes=processes)
     train, val = store.indices("train"), store.indices("val")
     if not _augments(phase, params):
         both = work.filled(np.concatenate([train, val]), chosen={}, views=1)
@@ -150,9 +152,11 @@ class _Work:
         px: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        processes: int,
     ) -> None:
         self._cut, self._store, self._phase, self._params = cut, store, phase, params
         self._px, self._mean, self._std = px, mean, std
+        self._size = max(1, phase.batch_size // (phase.accumulate * processes))  # as a step has on one device
         self._device = machine.device(params.accelerator)
         net.to(self._device)
         if params.channels_last:
@@ -194,8 +198,7 @@ class _Work:
     def _made(self, pictures: Pictures, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Sequence[Tensor]]]:
         """The tensors that cross the cut, for a batch of rows at a time."""
         params = self._params
-        size = max(1, self._phase.batch_size // self._phase.accumulate)
-        pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
+        pieces = [rows[start : start + self._size] for start in range(0, len(rows), self._size)]
         batches = [np.stack(np.divmod(piece, len(self._store)), axis=1) for piece in pieces]
         count = params.workers
         if count == "auto":

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 from lightning.fabric.utilities.apply_func import move_data_to_device
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
 from pipeline import machine, nets, paths, provenance, tracking
@@ -25,13 +26,13 @@ from pipeline.data.datamodule import Batch, PictureData
 from pipeline.data.store import Store
 from pipeline.errors import UserError, blaming
 from pipeline.outbox import warn
-from pipeline.parameters import Config, operational
+from pipeline.parameters import Config, TrainParams, operational
 from pipeline.training import finder, frozen, objective, results, schedule, tuning, weights
 from pipeline.training.checkpoints import load_weights, whole
 from pipeline.training.checks import check
 from pipeline.training.classifier import Classifier
 from pipeline.training.distillation import Teacher
-from pipeline.training.fit import Log, fit, rank
+from pipeline.training.fit import Log, ends_together, fit, num_processes, rank
 from pipeline.training.pretrained import Origin
 from pipeline.training.progress import SWEEPS, Outcome, Progress
 from pipeline.training.schedule import Phase
@@ -76,11 +77,22 @@ def run(job: Job) -> pd.DataFrame | None:
     if leader:
         with _locked(job):
             check(config, job.store, net, card, phases)
-            return _lead(job, net, card, phases, origin)
+            return _lead(job, _synchronised(net, config.train, phases[0]), card, phases, origin)
     check(config, job.store, net, card, phases)
+    net = _synchronised(net, config.train, phases[0])
     progress = Progress(job.progress, facts=_facts(job, origin), leader=False)
-    _train(job, net, card, phases, _plans(job, net, phases), progress, log=_another_ranks, sync=_nothing)
+    with ends_together(config.train):
+        _train(job, net, card, phases, _plans(job, net, phases), progress, log=_another_ranks, sync=_nothing)
     return None
+
+
+def _synchronised(net: nn.Module, params: TrainParams, phase: Phase) -> nn.Module:
+    """The net, with batch norms over the pictures of all processes where that is asked for."""
+    if not params.sync_bn or num_processes(params, phase) == 1:
+        return net
+    # timm's, before anything looks at the layers: Lightning's would drop the activation of a norm that has one.
+    found: nn.Module = convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
+    return found
 
 
 def build(config: Config, store: Store, origin: Origin) -> tuple[nn.Module, ModelCard]:
@@ -131,17 +143,20 @@ def _lead(job: Job, net: nn.Module, card: ModelCard, phases: list[Phase], origin
             if job.watch is not None:
                 job.watch(metrics, step=step)
 
+        counts = job.store.counts()
+        print(f"{card.name}: {counts['train']:,} pictures to train on, {counts['val']:,} to validate on", flush=True)
         plans = _plans(job, net, phases)
-        pictures = len(job.store.indices("train"))
-        print(schedule_view.text(phases, net, pictures=pictures, frozen=[plan.told for plan in plans]))
+        print(schedule_view.text(phases, net, pictures=counts["train"], frozen=[plan.told for plan in plans]))
         cached = [phase.name for phase, plan in zip(phases, plans, strict=True) if plan.cut is not None]
-        train = tuning.tuned(job.config, job.store, net, card, phases=phases, cached=cached, progress=progress)
+        with ends_together(job.config.train):
+            train = tuning.tuned(job.config, job.store, net, card, phases=phases, cached=cached, progress=progress)
         if progress.tuned:
             if progress.tuned["table"]:
                 tracked.set_tags({f"auto_tune.{key}": str(value) for key, value in progress.tuned["choice"].items()})
             tracked.log_params({f"train.{key}": value for key, value in progress.tuned["choice"].items()})
             job = replace(job, config=job.config.model_copy(update={"train": train}))
-        outcomes = _train(job, net, card, phases, plans, progress, log=log, sync=tracked.sync)
+        with ends_together(train):
+            outcomes = _train(job, net, card, phases, plans, progress, log=log, sync=tracked.sync)
         rows = results.write(
             job.out, net, card, phases, outcomes, progress, config=job.config, store=job.store, run=tracked
         )
@@ -195,7 +210,15 @@ def _train(
         kept = None
         if plan.cut is not None:
             kept = frozen.computed(
-                plan.cut, net, store, phase=phase, params=params, px=card.px, mean=card.mean, std=card.std
+                plan.cut,
+                net,
+                store,
+                phase=phase,
+                params=params,
+                px=card.px,
+                mean=card.mean,
+                std=card.std,
+                processes=num_processes(params, phase),
             )
         module = Classifier(
             net,

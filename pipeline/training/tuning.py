@@ -7,6 +7,7 @@ training of the same length takes it from there.
 
 import hashlib
 import json
+import math
 import platform
 import random
 import statistics
@@ -21,12 +22,13 @@ from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import nn
 
 from pipeline import machine, paths
 from pipeline.data.datamodule import Batch, PictureData
 from pipeline.data.store import Store
-from pipeline.files import fresh_file
+from pipeline.files import fresh_file, make_folder
 from pipeline.outbox import warn
 from pipeline.parameters import Config, ModelParams, TrainParams
 from pipeline.training import optim, schedule
@@ -139,10 +141,12 @@ def _settled(
 ) -> tuple[Choice, list[Row]]:
     """What a training of the like found, or a trial, or, where that does not pay, what is set, without rows."""
     params = config.train
-    key = key_of(config.model, params, phase, px=card.px, total_steps=total_steps)
-    if (found := known(key)) is None:
-        found = _tried(params, store, net, card, phase=phase, total_steps=total_steps)
-        keep(key, *found)
+    key = key_of(config.model, params, phase, store, px=card.px, total_steps=total_steps)
+    make_folder(_kept(key).parent)
+    with FileLock(_kept(key).with_suffix(".lock")):  # two that try the same at once would disturb each other
+        if (found := known(key)) is None:
+            found = _tried(params, store, net, card, phase=phase, total_steps=total_steps)
+            keep(key, *found)
     if not found[1]:
         print(f"auto_tune: phase {phase.name} is too short to be tried: it computes as it is set", flush=True)
     return found
@@ -182,20 +186,24 @@ def choose(
     with untouched_randomness():
 
         def step_s() -> float:
-            return pace(make(ways[0]), _endless(load(0)), device=device, steps=1).step
+            found = _fitting(make, ways[0], _endless(load(0)), device=device, steps=1)
+            return found.step if found else math.inf
 
         if not pays(total_steps, ways=len(ways), step_s=step_s):
             return as_set, []
         print("auto_tune: trying a few steps", flush=True)
         batches = list(islice(load(0), BATCHES))
-        paces = {way: pace(make(way), cycle(batches), device=device) for way in ways}
+        paces = {way: found for way in ways if (found := _fitting(make, way, cycle(batches), device=device))}
+        if not paces:
+            raise torch.OutOfMemoryError  # as the training itself would
         best = fastest({way: found.step for way, found in paces.items()})
         plain = paces[best].step * total_steps
         if plain > COMPILED_AFTER_S:
             way = best._replace(compile=True)
-            paces[way] = pace(make(way), cycle(batches), device=device)
-            if paces[way].first + paces[way].step * total_steps < WORTH * plain:
-                best = way
+            if found := _fitting(make, way, cycle(batches), device=device):
+                paces[way] = found
+                if found.first + found.step * total_steps < WORTH * plain:
+                    best = way
         loaded = {0: pace(make(best), _endless(load(0)), device=device)}
         more = min(machine.cores(), MOST_WORKERS)
         if more > 1 and loaded[0].step > (1 + NO_WAIT) * paces[best].step:
@@ -209,6 +217,22 @@ def choose(
     rows = [_row(way, found, workers=None, chosen=way == best) for way, found in paces.items()]
     rows += [_row(best, found, workers=count, chosen=count == workers) for count, found in loaded.items()]
     return Choice(**best._asdict(), workers=workers), rows
+
+
+def _fitting(
+    make: Callable[[Way], Classifier],
+    way: Way,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    steps: int = STEPS,
+) -> Pace | None:
+    """The pace of a way of computing; None where the device's memory does not hold it."""
+    try:
+        return pace(make(way), batches, device=device, steps=steps)
+    except torch.OutOfMemoryError:
+        print(f"auto_tune: {', '.join(map(str, way))} needs more memory than there is", flush=True)
+        return None
 
 
 def pace(module: Classifier, batches: Iterable[Batch], *, device: torch.device, steps: int = STEPS) -> Pace:
@@ -257,13 +281,6 @@ def fastest(steps: Mapping[Option, float]) -> Option:
     return best
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether a device computes bf16 by itself: AVX-512 BF16 or AMX, or a GPU's units."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
 @contextmanager
 def untouched_randomness() -> Iterator[None]:
     """The state of every generator after the block is the one before it."""
@@ -290,14 +307,22 @@ def keep(key: str, choice: Choice, rows: list[Row]) -> None:
         path.write_text(json.dumps(kept, indent=2), encoding="utf-8")
 
 
-def key_of(model: ModelParams, params: TrainParams, phase: Phase, *, px: int, total_steps: int) -> str:
+def key_of(model: ModelParams, params: TrainParams, phase: Phase, store: Store, *, px: int, total_steps: int) -> str:
     """Names all that a choice depends on: machine, torch, net, pictures, step, how many steps, and what is set."""
     device = machine.device(params.accelerator)
     facts = {
-        "machine": [platform.node(), platform.machine(), processor(), machine.cores(), torch.get_num_threads()],
+        # By what it is and not by its name, which a container has anew each time.
+        "machine": [
+            platform.machine(),
+            machine.processor(),
+            machine.cores(),
+            torch.get_num_threads(),
+            machine.has_bf16(device),
+        ],
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "model": model.model_dump(),
+        "pictures": [store.meta.dataset, store.meta.px, store.meta.channels],
         "px": [px, phase.px],
         "batch": [phase.batch_size, phase.accumulate],
         "trainable": phase.trainable,
@@ -311,14 +336,6 @@ def key_of(model: ModelParams, params: TrainParams, phase: Phase, *, px: int, to
 
 COUNTS = {"frozen_bn", "loss", "l1", "activity", "mixup", "cutmix", "average", "transforms"}
 """Parameters of `train` that change what a step or a batch costs."""
-
-
-def processor() -> str:
-    """The processor's model, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor()
 
 
 def told(choice: Choice, rows: Sequence[Row]) -> str:
@@ -370,7 +387,7 @@ def _as_set(params: TrainParams) -> Choice:
 
 def _ways(device: torch.device) -> list[Way]:
     """Those that are tried first, without compiling."""
-    precisions = ["32-true", *(["bf16-mixed"] if has_bf16(device) else [])]
+    precisions = ["32-true", *(["bf16-mixed"] if machine.has_bf16(device) else [])]
     return [Way(precision, layout, False) for precision in precisions for layout in (False, True)]
 
 

@@ -73,6 +73,7 @@ def _phase(**own: Any) -> dict[str, Any]:
         ({"train.strategy": "fsdp"}, "train.strategy", "fsdp shards a net over GPUs, and there is none to use"),
         ({"train.accelerator": "gpu"}, "", "this machine cannot give train.accelerator gpu as asked"),
         ({"train.precision": "16-mixed"}, "train.precision", "16-mixed needs a GPU"),
+        ({"train.sync_bn": True, "train.devices": 2}, "train.sync_bn", "batch norms meet on GPUs alone"),
         ({"train.accumulate": 3}, "train.batch_size", "a batch of 64 in 3 parts does not divide.* of 63 or 66$"),
         ({"train.devices": 9}, "train.batch_size", "a batch of 64 in 9 processes does not divide.* of 63 or 72$"),
         ({"train.batch_size": 2, "train.devices": 3}, "train.batch_size", "a batch of 2 in 3 .*use a batch_size of 3$"),

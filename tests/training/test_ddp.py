@@ -14,11 +14,14 @@ import psutil
 import pytest
 import torch
 from ruamel.yaml import YAML
+from torch import nn
 
-from pipeline import nets, tracking
+from pipeline import config, nets, tracking
 from pipeline.data import store
 from pipeline.data.store import Row
-from pipeline.training import weights
+from pipeline.errors import UserError
+from pipeline.training import job, schedule, weights
+from pipeline.training.fit import ends_together
 from pipeline.training.pretrained import Origin
 from pipeline.training.record import Record
 
@@ -160,6 +163,62 @@ def test_stopping_the_first_process_ends_the_second_too(tmp_path: Path, monkeypa
     assert not (folder / "models" / NET / "train").exists()
     monkeypatch.setenv("DVC_ROOT", str(folder))
     assert [run.status for run in tracking.runs()] == ["KILLED"]
+
+
+STOPPED_BETWEEN = """
+import os, signal, sys
+from pipeline.__main__ import main
+from pipeline.training import fit, frozen
+
+computed = frozen.computed
+def stopped(*values, phase, **named):
+    if phase.name == "top" and fit.rank() == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return computed(*values, phase=phase, **named)
+frozen.computed = stopped
+sys.exit(main(["train"]))
+"""
+
+
+def test_stopping_the_first_process_between_two_phases_ends_the_second_too(tmp_path: Path) -> None:
+    phases = {"head": {"epochs": 1, "trainable": "head"}, "top": {"epochs": 1, "trainable": "last:1"}}
+    folder = _project(tmp_path / "it", devices=2, epochs=1, pretrained=True, phases=phases, transforms={}, cache="fp32")
+    driver = tmp_path / "driver.py"
+    driver.write_text(STOPPED_BETWEEN)
+    process = _start(folder, str(driver))
+    printed, _ = process.communicate(timeout=120)  # which waits for the second's end of the pipe, too
+    assert process.returncode == 143, printed
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_synchronised_batch_norms_keep_the_activation_that_timm_puts_into_them(
+    processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "num_processes", lambda *_: processes)
+    params = config.load(ROOT / "params.yaml", overrides={"train.sync_bn": True}).train
+    net = nets.build("test_efficientnet", num_classes=3)
+    (phase, *_) = schedule.plan(params, net, px=PX, random_start=False)
+    pictures = torch.randn(4, 3, PX, PX)
+    expected = net(pictures)
+    synchronised = job._synchronised(net, params, phase)
+    norms = [module for module in synchronised.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(isinstance(norm, nn.SyncBatchNorm) == (processes > 1) for norm in norms)
+    assert torch.equal(synchronised(pictures), expected)
+    assert synchronised.state_dict().keys() == nets.build("test_efficientnet", num_classes=3).state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (torch.OutOfMemoryError(), r"^the device's memory does not hold train\.batch_size 64; lower it or train\.px"),
+        (RuntimeError("NCCL error: unhandled"), "^another process of this training has ended .NCCL error: unhandled"),
+    ],
+)
+def test_what_a_device_or_another_process_did_is_told_in_a_line(raised: Exception, told: str) -> None:
+    params = config.load(ROOT / "params.yaml").train
+    with pytest.raises(UserError, match=told), ends_together(params):
+        raise raised
 
 
 SLOW_DISK = """

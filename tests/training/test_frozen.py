@@ -78,7 +78,7 @@ def _trained(net: nn.Module, pictures: Store, folder: Path, **changed: Any) -> l
     normal: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
     kept = None
     if plan.cut is not None:
-        kept = frozen.computed(plan.cut, net, pictures, phase=phase, params=params, px=PX, **normal)
+        kept = frozen.computed(plan.cut, net, pictures, phase=phase, params=params, px=PX, processes=1, **normal)
     module = Classifier(net, phase=phase, params=params, pictures=LABELLED, num_classes=3, cut=plan.cut, **normal)
     data = PictureData(
         pictures,
@@ -154,8 +154,11 @@ def test_each_picture_passes_the_frozen_layers_once_whatever_the_epochs(
     assert plan.told == "once, 96 numbers a picture"
     passes.clear()
     assert plan.cut is not None
-    frozen.computed(plan.cut, net, pictures, phase=phase, params=params, px=PX, mean=(0.5,) * 3, std=(0.25,) * 3)
-    assert sum(passes) == 18
+    normal = (0.5,) * 3, (0.25,) * 3
+    frozen.computed(
+        plan.cut, net, pictures, phase=phase, params=params, px=PX, mean=normal[0], std=normal[1], processes=2
+    )
+    assert passes == [3] * 6  # what each of two processes has of a batch of 6
     _trained(net, pictures, tmp_path / "fit")
     tried = 2 + 3  # pictures that look for the cut
     assert sum(passes) == 18 + tried
@@ -180,6 +183,59 @@ def test_another_run_finds_what_does_not_depend_on_its_change(
     assert "computed for 18 pictures" in capsys.readouterr().out
     _trained(_net("test_resnet"), pictures, tmp_path / "two", **changed)
     assert ("computed for 18 pictures" if again else "found for 18") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changed", "again"),
+    [
+        ({"optimizer": "sgd"}, False),
+        ({"seed": 7}, True),
+        ({"views": 3}, True),
+        ({"phase": {"strength": 0.5}}, True),
+        ({"transforms": {"gaussian_noise": {"p": 0.9}}}, True),
+    ],
+)
+def test_views_that_come_out_otherwise_are_another_cache(
+    changed: dict[str, Any], again: bool, pictures: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noisy: dict[str, Any] = {"transforms": {"gaussian_noise": {"p": 1.0}}, "views": 2}
+    _trained(_net("test_resnet"), pictures, tmp_path / "one", **noisy)
+    assert "computed for 24 pictures" in capsys.readouterr().out
+    _trained(_net("test_resnet"), pictures, tmp_path / "two", **{**noisy, **changed})
+    told = capsys.readouterr().out
+    assert ("found for 24" in told) == (not again), told
+
+
+def test_another_normalisation_or_other_code_is_another_cache(
+    pictures: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = _net("test_resnet")
+    params, phase, plan = _planned(net)
+    assert plan.cut is not None
+
+    def computed(mean: float, std: float) -> str:
+        assert plan.cut is not None
+        frozen.computed(
+            plan.cut,
+            net,
+            pictures,
+            phase=phase,
+            params=params,
+            px=PX,
+            mean=(mean,) * 3,
+            std=(std,) * 3,
+            processes=1,
+        )
+        return capsys.readouterr().out.partition("layers ")[2].partition(" pictures")[0]
+
+    assert [computed(*given) for given in ((0.5, 0.2), (0.5, 0.2), (0.4, 0.2), (0.5, 0.3))] == [
+        "computed for 18",
+        "computed for 0",
+        "computed for 18",
+        "computed for 18",
+    ]
+    monkeypatch.setattr(frozen, "_preparation", lambda: "another way to make pixels")
+    assert computed(0.5, 0.2) == "computed for 18"
 
 
 def test_another_frozen_weight_is_another_cache_and_another_head_is_not(
@@ -234,7 +290,7 @@ def test_views_differ_from_one_another(pictures: Store) -> None:
     params, phase, plan = _planned(net, transforms={"gaussian_noise": {"p": 1.0}}, views=3)
     assert plan.cut is not None
     training, plain = frozen.computed(
-        plan.cut, net, pictures, phase=phase, params=params, px=PX, mean=(0.5,) * 3, std=(0.25,) * 3
+        plan.cut, net, pictures, phase=phase, params=params, px=PX, mean=(0.5,) * 3, std=(0.25,) * 3, processes=1
     )
     versions = [training[[(epoch, 4)]][0][0] for epoch in range(4)]
     assert not any(torch.equal(versions[0], other) for other in versions[1:3])

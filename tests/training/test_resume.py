@@ -1,7 +1,9 @@
 """A training that is stopped, however and wherever, goes on to the very weights that it would have had."""
 
+import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from mlflow import MlflowClient
 from PIL import Image
 from ruamel.yaml import YAML
 
@@ -57,10 +61,11 @@ KEPT = {
 DRIVER = """
 import os, signal, sys
 from pipeline.__main__ import main
-from pipeline.training import checkpoints, progress, results
+from pipeline.training import checkpoints, progress, results, tuning
 from pipeline.training.classifier import Classifier
 
 where, name, checkpoints.SPACED_S = sys.argv[1], getattr(signal, sys.argv[2]), float(sys.argv[3])
+tuning.PAYS = 0
 phase, _, place = where.partition(":")
 killed = []
 def kill():
@@ -133,8 +138,6 @@ def _run(
 
 def _points(folder: Path) -> list[tuple[str, int, float]]:
     """Every point that MLflow has of the one run, doubled ones as often as they are there."""
-    from mlflow import MlflowClient
-
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     run_id = Record.read(folder / "models" / NET / "train").run_id
     names = client.get_run(run_id).data.metrics
@@ -309,6 +312,31 @@ def test_another_configuration_begins_anew_and_says_why(tmp_path: Path, monkeypa
     assert state["facts"]["train.weight_decay"] == 0.5
     assert not (folder / "models" / "progress" / NET / "phases" / "two").exists()
     assert len(_runs(folder, monkeypatch)) == 2
+
+
+def test_a_training_goes_on_in_the_way_that_auto_tune_chose_and_the_run_has_it(tmp_path: Path) -> None:
+    folder = _project(tmp_path / "it", auto_tune=True, profile=True)
+    assert _run(folder, "two:3").returncode == -signal.SIGKILL
+    state = json.loads((folder / "models/progress" / NET / "state.json").read_text())["tuned"]
+    kept = folder / "data/cache/tuned"
+    assert [json.loads(path.read_text())["choice"] for path in kept.glob("*.json")] == [state["choice"]]
+    shutil.rmtree(kept)  # or the choice could come from there
+    done = _run(folder)
+    assert done.returncode == 0, done.stderr
+    assert "auto_tune" not in done.stdout
+
+    trained = folder / "models" / NET / "train"
+    table = pd.read_csv(trained / "auto_tune.csv")
+    assert table["step_ms"].tolist() == pytest.approx([row["step_ms"] for row in state["table"]], rel=1e-3)
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    run = client.get_run(Record.read(trained).run_id)
+    for name, value in state["choice"].items():
+        assert run.data.params[f"train.{name}"] == run.data.tags[f"auto_tune.{name}"] == str(value)
+    filed = {artifact.path for artifact in client.list_artifacts(run.info.run_id, "train")}
+    assert filed >= {f"train/{name}" for name in ("auto_tune.csv", "trace_one.json.gz", "trace_two.json.gz")}
+    for phase in ("one", "two"):
+        with gzip.open(trained / f"trace_{phase}.json.gz", "rt") as file:
+            assert any("convolution" in event.get("name", "") for event in json.load(file)["traceEvents"])
 
 
 def test_checkpoints_hold_nothing_that_could_run(whole: Path) -> None:

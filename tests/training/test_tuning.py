@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import config, nets
+from pipeline import config, machine, nets
 from pipeline.data import store
 from pipeline.data.store import Row, Store
 from pipeline.errors import UserError
@@ -91,7 +92,7 @@ COMPILED = Way("32-true", True, True)
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    monkeypatch.setattr(tuning, "has_bf16", lambda _: True)
+    monkeypatch.setattr(machine, "has_bf16", lambda _: True)
     monkeypatch.setattr(tuning, "PAYS", 0)
     return tmp_path
 
@@ -120,6 +121,38 @@ def test_the_fastest_way_is_chosen(
     assert {name: choice[name] for name in Way._fields} == expected._asdict()
     assert (COMPILED in stub.tried) == (COMPILED in steps)  # not where training is over sooner
     assert stub.phases == {"all"}
+
+
+def test_a_way_that_memory_does_not_hold_is_left_out(
+    pictures: Store,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stub = _Stub({BF16: 2.0, BF16_LAST: 1.0})
+
+    def pace(module: Classifier, batches: Any, **named: Any) -> Pace:
+        if module.precision == "32-true":
+            raise torch.OutOfMemoryError
+        return stub(module, batches, **named)
+
+    monkeypatch.setattr(tuning, "pace", pace)
+    choice, progress = _tuned(pictures, _config(), here / "progress")
+    assert {name: choice[name] for name in Way._fields} == BF16_LAST._asdict()
+    assert [row["precision"] for row in progress.tuned["table"]] == ["bf16-mixed"] * 3
+    assert "32-true, True, False needs more memory than there is" in capsys.readouterr().out
+
+
+def test_where_memory_holds_no_way_it_ends_as_the_training_would(
+    pictures: Store, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pace(*_: Any, **__: Any) -> Pace:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(tuning, "pace", pace)
+    with pytest.raises(torch.OutOfMemoryError):
+        _tuned(pictures, _config(), here / "progress")
+    assert not list((here / "data/cache/tuned").glob("*.json"))
 
 
 @pytest.mark.parametrize(("cached", "expected"), [((), "long"), (("long",), "short")])
@@ -289,10 +322,26 @@ def test_a_kept_trial_that_cannot_be_read_is_made_again(here: Path, content: str
     assert tuning.known("a") is None
 
 
-def test_phases_do_not_share_a_key() -> None:
+def test_phases_do_not_share_a_key(pictures: Store) -> None:
     asked = _config()
     phases: list[Phase] = schedule.plan(
         asked.train, nets.build("scratch/resnet20", num_classes=3), px=PX, random_start=False
     )
-    keys = {tuning.key_of(asked.model, asked.train, phase, px=PX, total_steps=9) for phase in phases}
+    keys = {tuning.key_of(asked.model, asked.train, phase, pictures, px=PX, total_steps=9) for phase in phases}
     assert len(keys) == 2
+
+
+def test_a_choice_is_kept_by_what_loading_depends_on(pictures: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _config()
+    phase, _ = schedule.plan(asked.train, nets.build("scratch/resnet20", num_classes=3), px=PX, random_start=False)
+
+    def key() -> str:
+        return tuning.key_of(asked.model, asked.train, phase, pictures, px=PX, total_steps=9)
+
+    first = key()
+    monkeypatch.setattr("platform.node", lambda: "the name of another container")
+    assert key() == first
+    for changed in ({"px": 256}, {"channels": 1}, {"dataset": "another"}):
+        monkeypatch.setattr(pictures, "meta", replace(pictures.meta, **changed))  # type: ignore[arg-type]
+        assert key() != first
+        monkeypatch.undo()
