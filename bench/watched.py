@@ -7,6 +7,7 @@ Run in Thaw's working folder by the benches that need it. It prints a RESULT lin
     checkpoints   of these, seconds in which checkpoints were written
     logged        of these, seconds in which metric points were taken down
     sent          seconds of processor time of the thread that sends them, wherever training was meanwhile
+    system        the same of MLflow's thread that looks at the machine and sends what it sees
 """
 
 import json
@@ -17,12 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
 from pipeline import tracking
 from pipeline.__main__ import main
 from pipeline.training import checkpoints, fit
 
 EVERY_S = 0.02
-found = dict.fromkeys(("peak", "fit", "checkpoints", "logged", "sent"), 0.0)
+found = dict.fromkeys(("peak", "fit", "checkpoints", "logged", "sent", "system"), 0.0)
 
 
 def anonymous() -> int:
@@ -58,6 +61,7 @@ if __name__ == "__main__":
     timed(checkpoints.Checkpoints, "_hold", "checkpoints")
     timed(tracking.Run, "log_metrics", "logged")
     timed(tracking.Run, "_send", "sent", clock=time.thread_time)
+    timed(SystemMetricsMonitor, "monitor", "system", clock=time.thread_time)
     threading.Thread(target=sample, daemon=True).start()
     code = main(["train"])
     print("RESULT " + json.dumps(found), flush=True)
