@@ -254,7 +254,7 @@ class TrainParams(Params):
     strategy: Annotated[Literal["auto", "ddp", "fsdp"], Operational] = "auto"
     """Lightning's strategy; more than one device takes ddp."""
     sync_bn: bool = False
-    """Batch norms over the pictures of all devices together, where there are several."""
+    """Batch norms over the pictures of all GPUs together, where there are several."""
     workers: Annotated[Auto | Annotated[int, Field(ge=0, le=64)], Operational] = "auto"
     """Data-loading processes; 0 loads in the training process, auto starts some where batches are slow to make."""
 
