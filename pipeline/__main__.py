@@ -4,7 +4,6 @@ Exit codes: 0 done, 2 the user's mistake (one line on standard error), 1 ours, 1
 """
 
 import argparse
-import gc
 import os
 import signal
 import sys
@@ -13,6 +12,7 @@ from importlib import import_module
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn, get_args
 
+from pipeline import machine
 from pipeline.errors import UserError, nearest
 
 
@@ -27,16 +27,8 @@ def _stage(name: str) -> Callable[[argparse.Namespace], None]:
 
 
 def _imported(module: str) -> Any:
-    """A module whose imports make a million objects, nearly all of which stay.
-
-    Looking through them for garbage again and again would take a fifth of the time; and once is too much later on.
-    """
-    gc.disable()
-    try:
+    with machine.large_import():
         return import_module(module)
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -1,10 +1,12 @@
 """What a process has of the machine: the device that computes, cores and threads."""
 
 import ctypes
+import gc
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,6 +122,21 @@ def keep_memory() -> bool:
     library = ctypes.CDLL(None)
     large = any(library.mallopt(_MMAP_THRESHOLD, size) for size in _OWN_BLOCKS)
     return bool(library.mallopt(_TRIM_THRESHOLD, _KEPT)) and large
+
+
+@contextmanager
+def large_import() -> Iterator[None]:
+    """For imports that make some hundred thousand objects, nearly all of which stay: garbage is not looked for in them.
+
+    Looking through them again and again takes a fifth of their time; and later, once is a quarter of a second in the
+    middle of an epoch.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _granted(group: Path) -> float:

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
 from filelock import FileLock
 
-from pipeline import paths
+from pipeline import machine, paths
 from pipeline.errors import UserError
 from pipeline.files import fresh_file
 from pipeline.outbox import Outbox, Point, Spool, reason, warn, without_password
@@ -408,7 +408,8 @@ def _importing_mlflow() -> Iterator[None]:
     os.environ.update(ENVIRONMENT | os.environ)
     for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)
-    with warnings.catch_warnings():
+    first = "mlflow" not in sys.modules
+    with warnings.catch_warnings(), machine.large_import() if first else nullcontext():
         # Of MLflow's own tables, and of the type hints of its own classes.
         warnings.filterwarnings("ignore", "The ``noload`` loader strategy is deprecated", DeprecationWarning)
         warnings.filterwarnings("ignore", ".*Any type hint is inferred as AnyType", UserWarning)

@@ -1,5 +1,6 @@
 """Threads follow what a process may use, and what its user says."""
 
+import gc
 import math
 import os
 import platform
@@ -91,3 +92,22 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert kept == str(keeps)
     # 128 MiB ten times, in pages of at most 2 MiB
     assert (int(faults) < 64) == keeps
+
+
+def test_no_garbage_is_looked_for_in_what_an_import_makes_and_later_in_all_else() -> None:
+    def cycle() -> list[object]:
+        made: list[object] = []
+        made.append(made)
+        return made
+
+    try:
+        with machine.large_import():
+            assert not gc.isenabled()
+            imported = cycle()
+        assert gc.isenabled()
+        own = cycle()
+        looked_at = {id(found) for found in gc.get_objects()}
+        assert id(imported) not in looked_at
+        assert id(own) in looked_at
+    finally:
+        gc.unfreeze()
