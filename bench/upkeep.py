@@ -1,6 +1,6 @@
 """What checkpoints and tracking take of a training.
 
-    python bench/upkeep.py [--pairs 5]
+    python bench/upkeep.py [--net scratch/lenet5 tf_efficientnet_lite0] [--pairs 5]
 
 The train stage as a user runs it, from random weights over all layers, with its usual checkpoints (every 100 steps and
 at each epoch's end) and an MLflow store in a file. Counted are the seconds in which a checkpoint is written and put on
@@ -26,10 +26,12 @@ EPOCHS = 1
 
 def main() -> None:
     """Measures each net."""
-    asked = parser(__doc__, settings=True).parse_args()
+    made = parser(__doc__, settings=True)
+    made.add_argument("--net", nargs="+", choices=CASES, default=list(CASES), help="those to measure")
+    asked = made.parse_args()
     bench = Bench("upkeep", asked)
     bench.settings = {"epochs": EPOCHS}
-    for net in list(CASES)[:1] if asked.quick else CASES:
+    for net in asked.net[:1] if asked.quick else asked.net:
         _measure(bench, net, asked)
     bench.write()
 
