@@ -366,10 +366,27 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
                 f"{c['interval'][0]:.3g} to {c['interval'][1]:.3g}",
                 str(c["rounds"]),
                 c["target"],
-                {None: "", True: "met", False: "**not met**"}[c["met"]],
+                _verdict(c),
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _verdict(comparison: Mapping[str, Any]) -> str:
+    """Of a target: what the median says, and whether its interval leaves that open."""
+    if comparison["met"] is None:
+        return ""
+    aim, (low, high) = float(comparison["target"].split()[-1]), comparison["interval"]
+    return ("met" if comparison["met"] else "**not met**") + (" (can't tell)" if low < aim < high else "")
+
+
+class _Quick(argparse.Action):
+    """One round, unless the command line says how many."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        namespace.quick = True
+        if namespace.pairs == parser.get_default("pairs"):
+            namespace.pairs = 1
 
 
 def parser(
@@ -378,7 +395,7 @@ def parser(
     """The arguments that every bench has, and those that it asks for."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--pairs", type=positive, default=pairs, help=f"rounds; {pairs} unless said")
-    made.add_argument("--quick", action="store_true", help="a smoke test; its figures mean nothing")
+    made.add_argument("--quick", action=_Quick, nargs=0, default=False, help="a smoke test; its figures mean nothing")
     made.add_argument("--json", type=Path, help="file for the results, in place of bench/results/NAME.json")
     made.add_argument("--add", action="store_true", help="keep what that file has of comparisons not made this time")
     if pictures:

@@ -35,13 +35,12 @@ def main() -> None:
     machine.keep_memory()  # as the stage does
     bench = common.Bench("evaluate", asked)
     for name, px in NETS.items():
-        pairs = 2 if asked.quick else asked.pairs
         data = {"data.name": "digits" if asked.quick else "fashion_mnist", "augment.px": px, "augment.train_size": 1000}
         project = Project({**data, "model.name": name, "model.pretrained": False})
         store = Store(project.folder / paths.prepared(project.config.data.name))
         thaw, bare = _sides(store, name, px=px, batch_size=project.config.evaluate.batch_size)
         thaw(), bare()
-        seconds = common.rounds({"thaw": thaw, "bare": bare}, number=pairs)
+        seconds = common.rounds({"thaw": thaw, "bare": bare}, number=asked.pairs)
         bench.comparisons.append(
             common.Comparison(
                 name=f"evaluate, {name} at {px} px, {store.counts()['test']:,} pictures",

@@ -71,7 +71,7 @@ def _section(name: str, heading: str, result: dict[str, Any], images: Path) -> s
     lines = [f"### {heading}", ""]
     for number, one in enumerate(runs):
         mark = f"{letter(number)}: " if len(runs) > 1 else ""
-        lines += [f"{mark}`{one['command']}` on {_where(one['machine'])}.", ""]
+        lines += [f"{mark}`{one['command']}` on {_where(one['machine'])}, {_commit(one['commit'])}.", ""]
     if result["quick"]:
         lines += ["A smoke test (`--quick`): these figures mean nothing.", ""]
     if result["comparisons"]:
@@ -92,6 +92,13 @@ def _where(machine: dict[str, Any]) -> str:
     gpu = f", {machine['gpu']}" if "gpu" in machine else ""
     cores = f"{machine['usable_cores']} cores, threads: {machine['threads']}{gpu}"
     return f"{machine['processor']} ({bf16}), {cores}; torch {machine['torch']}, {machine['date']}"
+
+
+def _commit(name: str) -> str:
+    clean = name.removesuffix("-dirty")
+    if not clean:
+        return "of no known commit"
+    return f"commit {clean}" + (" and changes" if clean != name else "")
 
 
 def _ratios(comparisons: list[dict[str, Any]], path: Path) -> Path:

@@ -63,7 +63,7 @@ def main() -> None:
     """Runs the bench."""
     asked = common.parser(__doc__, pairs=7).parse_args()
     bench = common.Bench("startup", asked)
-    pairs = 1 if asked.quick else asked.pairs
+    pairs = asked.pairs
     python = sys.executable
     imports = partial(_timed, [python, "-c", IMPORTS])
     for name in NETS[-1:] if asked.quick else NETS:

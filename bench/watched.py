@@ -10,6 +10,7 @@ Run in Thaw's working folder by the benches that need it. It prints a RESULT lin
     system        the same of MLflow's thread that looks at the machine and sends what it sees
 """
 
+import argparse
 import json
 import sys
 import threading
@@ -56,6 +57,7 @@ def sample() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     timed(fit.L.Trainer, "fit", "fit")
     timed(checkpoints.Checkpoints, "_save", "checkpoints")
     timed(checkpoints.Checkpoints, "_hold", "checkpoints")

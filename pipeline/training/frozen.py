@@ -190,7 +190,7 @@ class _Work:
         seconds = f" in {time.monotonic() - began:.1f} s" if made else ""
         print(
             f"{self._phase.name}: frozen layers computed for {made:,} pictures{seconds}, "
-            f"found for {len(rows) - made:,}",
+            f"found for {len(rows) - made:,}" + (f" ({views} versions of each)" if views > 1 else ""),
             flush=True,
         )
         return CachedPictures(cache, self._store.labels, views=views)

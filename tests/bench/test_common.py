@@ -176,3 +176,23 @@ def test_a_peer_that_is_not_installed_is_named(common: Any, tmp_path: Path, monk
     monkeypatch.setattr(common, "PEERS_PYTHON", Path(sys.executable))
     assert common.peers_missing("json") == ""
     assert "No module named 'no_such_peer'" in common.peers_missing("no_such_peer")
+
+
+@pytest.mark.parametrize(
+    ("ratios", "told"),
+    [
+        ([9.0, 9.5, 10.0], "met"),
+        ([7.0, 9.0, 10.0], "met (can't tell)"),
+        ([7.0, 7.5, 9.0], "**not met** (can't tell)"),
+        ([5.0, 6.0, 7.0], "**not met**"),
+    ],
+)
+def test_a_table_says_whether_an_interval_leaves_the_target_open(common: Any, ratios: list[float], told: str) -> None:
+    one = common.Comparison(name="x", ratio_of="y / x", ratios=ratios, target=common.Target(at_least=8)).facts()
+    assert common.table([{"runs": [{}], "comparisons": [{**one, "run": 0}]}]).endswith(f"| >= 8 | {told} |")
+
+
+def test_a_smoke_test_takes_one_round_unless_told_otherwise(common: Any) -> None:
+    made = common.parser("A bench.", pairs=7)
+    given = ([], ["--quick"], ["--quick", "--pairs", "2"], ["--pairs", "2", "--quick"])
+    assert [made.parse_args(words).pairs for words in given] == [7, 1, 2, 2]

@@ -71,8 +71,8 @@ def test_what_was_measured_stands_between_the_marks(written: str) -> None:
     assert written.endswith("<!-- end of results -->\n\nAfter.\n")
     assert "old" not in written
     assert (
-        "`python bench/frozen.py` on A CPU (computes bfloat16), 2 cores, threads: one a core; torch 2, 2026-01-01."
-        in written
+        "`python bench/frozen.py` on A CPU (computes bfloat16), 2 cores, threads: one a core; torch 2, 2026-01-01, "
+        "commit abc1234." in written
     )
     row = (
         "| 5 frozen epochs against a plain loop | their time / Thaw's | 9.5 | 8.1 to 11 | 8.1 to 11 | 5 | >= 8 | met |"

@@ -323,7 +323,8 @@ def test_a_training_goes_on_in_the_way_that_auto_tune_chose_and_the_run_has_it(t
     shutil.rmtree(kept)  # or the choice could come from there
     done = _run(folder)
     assert done.returncode == 0, done.stderr
-    assert "auto_tune" not in done.stdout
+    assert "auto_tune goes on with precision" in done.stdout
+    assert "trying" not in done.stdout
 
     trained = folder / "models" / NET / "train"
     table = pd.read_csv(trained / "auto_tune.csv")
