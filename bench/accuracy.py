@@ -16,8 +16,9 @@ is that of the first epoch's end at which the accuracy is reached, validation in
 Another that does not reach it in the epochs given counts with the time of them all, and its row says that the ratio is
 a lower bound; after two such rounds it is not tried again. The others are the plain PyTorch loop or, with --peers,
 Hugging Face's Trainer, timm's loop and fastai. A round without --peers takes on two cores a minute or two for
-photographs (the default case), 4 to 16 for fashion_90, and 20 to 45 for fashion_93, of which one round (--pairs 1)
-may have to do, with one of the peers at a time; --add then puts its rows beside those that are there.
+photographs (the default case), 4 to 16 for fashion_90 (40 where there is no bf16), and 20 to 45 for fashion_93, of
+which one round (--pairs 1) may have to do, with one of the peers at a time; --add then puts its rows beside those that
+are there.
 """
 
 import argparse
