@@ -63,14 +63,13 @@ def main() -> None:
     """Runs the bench."""
     asked = common.parser(__doc__, pairs=7).parse_args()
     bench = common.Bench("startup", asked)
-    pairs = asked.pairs
     python = sys.executable
     imports = partial(_timed, [python, "-c", IMPORTS])
     for name in NETS[-1:] if asked.quick else NETS:
         folder = _project(name)
         _until(folder, 1)  # what is read from now on lies in the page cache
         sides = {"imports": imports, "fresh": partial(_fresh, folder), "resumed": partial(_resumed, folder)}
-        seconds = common.rounds(sides, number=pairs)
+        seconds = common.rounds(sides, number=asked.pairs)
         first = "train's start to its first step"
         _compare(bench, seconds, "fresh", "imports", name=f"{first}, {name}, against `{IMPORTS}`", at_most=1.5)
         _compare(bench, seconds, "resumed", "fresh", name=f"{first}, {name}, resumed against fresh", at_most=1.05)
@@ -86,7 +85,7 @@ def main() -> None:
         "status": partial(_timed, [*dvc, "status"], folder=folder),
         "repro": partial(_timed, [*dvc, "repro"], folder=folder),
     }
-    seconds = common.rounds(sides, number=pairs)
+    seconds = common.rounds(sides, number=asked.pairs)
     _compare(bench, seconds, "repro", "status", name="`dvc repro` with nothing to do against `dvc status`", at_most=1.5)
     _compare(bench, seconds, "help", "python", name="`pipeline --help` against starting Python")
     _compare(bench, seconds, "check", "imports", name=f"`pipeline check` against `{IMPORTS}`")

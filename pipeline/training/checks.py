@@ -35,8 +35,8 @@ def check_schedule(phases: Sequence[Phase], net: nn.Module, config: Config) -> N
             schedule.thaw(net, phase.trainable)
 
 
-def check(config: Config, store: Store, net: nn.Module, card: ModelCard, phases: list[Phase]) -> None:
-    """Refuses the first thing that is wrong.
+def check(config: Config, store: Store, net: nn.Module, card: ModelCard, phases: list[Phase]) -> int:
+    """Refuses the first thing that is wrong; gives back how many processes train together.
 
     Raises:
         UserError: with the parameter that is to blame.
@@ -61,6 +61,7 @@ def check(config: Config, store: Store, net: nn.Module, card: ModelCard, phases:
                 f"{_told(phase, world)} makes; use {2 * phase.batch_size} or more",
                 parameter=_parameter(params, phase, "batch_size"),
             )
+    return world
 
 
 def learns_from_one(net: nn.Module, phase: Phase, params: TrainParams, card: ModelCard) -> bool:

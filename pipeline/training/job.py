@@ -32,7 +32,7 @@ from pipeline.training.checkpoints import load_weights, whole
 from pipeline.training.checks import check
 from pipeline.training.classifier import Classifier
 from pipeline.training.distillation import Teacher
-from pipeline.training.fit import Log, ends_together, fit, num_processes, rank
+from pipeline.training.fit import Log, ends_together, fit, rank
 from pipeline.training.pretrained import Origin
 from pipeline.training.progress import SWEEPS, Outcome, Progress
 from pipeline.training.schedule import Phase
@@ -76,19 +76,21 @@ def run(job: Job) -> pd.DataFrame | None:
     phases = schedule.plan(config.train, net, px=config.px, random_start=origin.start == "random")
     if leader:
         with _locked(job):
-            check(config, job.store, net, card, phases)
-            return _lead(job, _synchronised(net, config.train, phases[0]), card, phases, origin)
-    check(config, job.store, net, card, phases)
-    net = _synchronised(net, config.train, phases[0])
+            processes = check(config, job.store, net, card, phases)
+            net = _synchronised(net, config.train, processes=processes)
+            return _lead(job, net, card, phases, origin, processes=processes)
+    processes = check(config, job.store, net, card, phases)
+    net = _synchronised(net, config.train, processes=processes)
     progress = Progress(job.progress, facts=_facts(job, origin), leader=False)
     with ends_together(config.train):
-        _train(job, net, card, phases, _plans(job, net, phases), progress, log=_another_ranks, sync=_nothing)
+        plans = _plans(job, net, phases)
+        _train(job, net, card, phases, plans, progress, processes=processes, log=_another_ranks, sync=_nothing)
     return None
 
 
-def _synchronised(net: nn.Module, params: TrainParams, phase: Phase) -> nn.Module:
+def _synchronised(net: nn.Module, params: TrainParams, *, processes: int) -> nn.Module:
     """The net, with batch norms over the pictures of all processes where that is asked for."""
-    if not params.sync_bn or num_processes(params, phase) == 1:
+    if not params.sync_bn or processes == 1:
         return net
     # timm's, before anything looks at the layers: Lightning's would drop the activation of a norm that has one.
     found: nn.Module = convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
@@ -129,7 +131,9 @@ def build(config: Config, store: Store, origin: Origin) -> tuple[nn.Module, Mode
     return net, card
 
 
-def _lead(job: Job, net: nn.Module, card: ModelCard, phases: list[Phase], origin: Origin) -> pd.DataFrame:
+def _lead(
+    job: Job, net: nn.Module, card: ModelCard, phases: list[Phase], origin: Origin, *, processes: int
+) -> pd.DataFrame:
     if origin.start == "random":
         print(f"{card.name} starts from RANDOM weights ({origin.source}): every layer learns from the start")
     progress = Progress(job.progress, facts=_facts(job, origin), leader=True)
@@ -150,13 +154,13 @@ def _lead(job: Job, net: nn.Module, card: ModelCard, phases: list[Phase], origin
         cached = [phase.name for phase, plan in zip(phases, plans, strict=True) if plan.cut is not None]
         with ends_together(job.config.train):
             train = tuning.tuned(job.config, job.store, net, card, phases=phases, cached=cached, progress=progress)
-        if progress.tuned:
-            if progress.tuned["table"]:
-                tracked.set_tags({f"auto_tune.{key}": str(value) for key, value in progress.tuned["choice"].items()})
-            tracked.log_params({f"train.{key}": value for key, value in progress.tuned["choice"].items()})
-            job = replace(job, config=job.config.model_copy(update={"train": train}))
-        with ends_together(train):
-            outcomes = _train(job, net, card, phases, plans, progress, log=log, sync=tracked.sync)
+            if progress.tuned:
+                choice = progress.tuned["choice"]
+                if progress.tuned["table"]:
+                    tracked.set_tags({f"auto_tune.{key}": str(value) for key, value in choice.items()})
+                tracked.log_params({f"train.{key}": value for key, value in choice.items()})
+                job = replace(job, config=job.config.model_copy(update={"train": train}))
+            outcomes = _train(job, net, card, phases, plans, progress, processes=processes, log=log, sync=tracked.sync)
         rows = results.write(
             job.out, net, card, phases, outcomes, progress, config=job.config, store=job.store, run=tracked
         )
@@ -192,6 +196,7 @@ def _train(
     plans: list[frozen.Plan],
     progress: Progress,
     *,
+    processes: int,
     log: Log,
     sync: Callable[[], None],
 ) -> list[Outcome]:
@@ -218,7 +223,7 @@ def _train(
                 px=card.px,
                 mean=card.mean,
                 std=card.std,
-                processes=num_processes(params, phase),
+                processes=processes,
             )
         module = Classifier(
             net,

@@ -20,7 +20,7 @@ from pipeline import config, nets, tracking
 from pipeline.data import store
 from pipeline.data.store import Row
 from pipeline.errors import UserError
-from pipeline.training import job, schedule, weights
+from pipeline.training import job, weights
 from pipeline.training.fit import ends_together
 from pipeline.training.pretrained import Origin
 from pipeline.training.record import Record
@@ -191,16 +191,12 @@ def test_stopping_the_first_process_between_two_phases_ends_the_second_too(tmp_p
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_synchronised_batch_norms_keep_the_activation_that_timm_puts_into_them(
-    processes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(job, "num_processes", lambda *_: processes)
+def test_synchronised_batch_norms_keep_the_activation_that_timm_puts_into_them(processes: int) -> None:
     params = config.load(ROOT / "params.yaml", overrides={"train.sync_bn": True}).train
     net = nets.build("test_efficientnet", num_classes=3)
-    (phase, *_) = schedule.plan(params, net, px=PX, random_start=False)
     pictures = torch.randn(4, 3, PX, PX)
     expected = net(pictures)
-    synchronised = job._synchronised(net, params, phase)
+    synchronised = job._synchronised(net, params, processes=processes)
     norms = [module for module in synchronised.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     assert norms
     assert all(isinstance(norm, nn.SyncBatchNorm) == (processes > 1) for norm in norms)

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from mlflow import MlflowClient
 from PIL import Image
 from ruamel.yaml import YAML
 
@@ -138,6 +137,8 @@ def _run(
 
 def _points(folder: Path) -> list[tuple[str, int, float]]:
     """Every point that MLflow has of the one run, doubled ones as often as they are there."""
+    from mlflow import MlflowClient
+
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     run_id = Record.read(folder / "models" / NET / "train").run_id
     names = client.get_run(run_id).data.metrics
@@ -315,6 +316,8 @@ def test_another_configuration_begins_anew_and_says_why(tmp_path: Path, monkeypa
 
 
 def test_a_training_goes_on_in_the_way_that_auto_tune_chose_and_the_run_has_it(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
     folder = _project(tmp_path / "it", auto_tune=True, profile=True)
     assert _run(folder, "two:3").returncode == -signal.SIGKILL
     state = json.loads((folder / "models/progress" / NET / "state.json").read_text())["tuned"]
